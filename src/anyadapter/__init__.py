@@ -1,0 +1,87 @@
+"""Adapters for frozen models: every adapter the same kind of thing.
+
+::
+
+    import anyadapter as aa
+
+    adapter = aa.attach(model, aa.LoRAConfig(rank=8))   # model: any torch module, frozen, yours
+    ...                                                 # train adapter.parameters()
+    aa.save_pretrained(model, "my-adapter")
+    aa.load(other_model, "my-adapter")
+"""
+
+from importlib import import_module
+from typing import Any
+
+from anyadapter.core.adapter import Adapter, AdapterConfig, Branch
+from anyadapter.core.attach import adapters, attach, detach, disabled, merge, signals, unmerge
+from anyadapter.core.catalogue import SYSTEMS, System, methods, register
+from anyadapter.core.errors import (
+    AnyAdapterError,
+    ArtefactError,
+    AttachError,
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    SignalError,
+    TargetError,
+)
+from anyadapter.core.host import Host
+from anyadapter.core.roles import ROLES, Family, register_family
+from anyadapter.core.site import Site
+from anyadapter.formats.native import inspect, load, push_to_hub, save_pretrained
+
+__version__ = "0.1.0"
+
+# Methods are imported when they are first asked for, with the libraries they need.
+_CONFIGS = {
+    "BottleneckConfig": "anyadapter.methods.language.bottleneck",
+    "IA3Config": "anyadapter.methods.language.ia3",
+    "IPAdapterConfig": "anyadapter.methods.image.ip_adapter",
+    "LlamaAdapterConfig": "anyadapter.methods.language.llama_adapter",
+    "LoRAConfig": "anyadapter.methods.language.lora",
+    "PAdapterConfig": "anyadapter.methods.language.p_adapter",
+    "PrefixConfig": "anyadapter.methods.language.prefix",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CONFIGS:
+        return getattr(import_module(_CONFIGS[name]), name)
+    raise AttributeError(f"module 'anyadapter' has no attribute {name!r}")
+
+
+__all__ = [
+    "ROLES",
+    "SYSTEMS",
+    "Adapter",
+    "AdapterConfig",
+    "AnyAdapterError",
+    "ArtefactError",
+    "AttachError",
+    "BaseMismatchError",
+    "Branch",
+    "ConfigError",
+    "DataError",
+    "Family",
+    "Host",
+    "SignalError",
+    "Site",
+    "System",
+    "TargetError",
+    "adapters",
+    "attach",
+    "detach",
+    "disabled",
+    "inspect",
+    "load",
+    "merge",
+    "methods",
+    "push_to_hub",
+    "register",
+    "register_family",
+    "save_pretrained",
+    "signals",
+    "unmerge",
+    *_CONFIGS,
+]

@@ -1,0 +1,216 @@
+"""Adapters: configuration, tensors, and what they do at each site.
+
+A method is a subclass of :class:`Adapter`: its ``setup`` asks the host for sites and puts a *branch* at each. A branch is
+middleware, ``branch(call, *args, **kwargs) -> result``: a :class:`Branch` module with its own tensors, or a bound method of
+the adapter where sites share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anyadapter.core.errors import ArtefactError, ConfigError, near
+from anyadapter.core.site import Kind, Site
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from anyadapter.core.host import Host
+
+Targets = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What a user chooses. Subclasses are frozen, flat and JSON-able, and check themselves in ``__post_init__``."""
+
+    method: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: a key is not a field (a newer version may know it), or a value is refused.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"{cls.__name__} has no setting {key!r}. {near(key, known)} If the file comes from a newer anyadapter, "
+                    "upgrade with `pip install -U anyadapter`."
+                )
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from None
+
+    def require(self, name: str, ok: bool, expected: str) -> None:
+        """Raise a :class:`ConfigError` naming field, value and what is allowed unless ``ok``."""
+        if not ok:
+            raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {expected}.")
+
+
+class Branch(nn.Module):
+    """One adapter's part at one site.
+
+    Attributes:
+        scale: how strongly it acts; 1 as trained, 0 as absent.
+    """
+
+    scale: float = 1.0
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped ``call`` and return the new result."""
+        raise NotImplementedError
+
+    def weight_delta(self, module: nn.Module) -> Tensor:
+        """What to add to ``module.weight`` for the same effect, in fp32; only where the branch is linear."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(eq=False)
+class Placement:
+    """A branch and where it goes."""
+
+    path: str
+    kind: Kind
+    branch: Callable[..., Any]
+
+
+class Adapter(nn.Module):
+    """One adapter: built for one host, attached to it under a name.
+
+    Class attributes of a method:
+        Config: its configuration class.
+        reads: the signals it needs.
+        capabilities: what it supports besides attaching, training and saving: ``"scale"``, ``"merge"``.
+        groups: named groups of trainable tensors, each a tuple of patterns of tensor names.
+    """
+
+    Config: ClassVar[type[AdapterConfig]]
+    reads: ClassVar[tuple[str, ...]] = ()
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __init__(self, config: AdapterConfig, host: Host) -> None:
+        super().__init__()
+        self.config = config
+        self.name = ""  # given by attach
+        self.enabled = True
+        self.merged = False
+        self.signals = host.signals
+        self.branches = nn.ModuleDict()
+        self.placements: list[Placement] = []
+        self._scale = 1.0
+        self.setup(host)
+
+    def setup(self, host: Host) -> None:
+        """Create the tensors and place the branches; called once, before anything in the host changes."""
+        raise NotImplementedError
+
+    def at(self, site: Site, branch: Callable[..., Any], part: str = "") -> None:
+        """Place ``branch`` at ``site``. ``part`` tells apart two modules at the same site."""
+        if isinstance(branch, nn.Module):
+            self.branches[escape(f"{site.path}.{part}" if part else site.path)] = branch
+        self.placements.append(Placement(site.path, site.kind, branch))
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part in the calls: enabled, and not already merged into the weights."""
+        return self.enabled and not self.merged
+
+    @property
+    def scale(self) -> float:
+        """How strongly it acts; 1 as trained."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if "scale" not in self.capabilities:
+            raise ConfigError(f"{type(self).__name__} has no scale. Turn it off with `adapter.enabled = False`.")
+        self._scale = float(value)
+        for branch in self.branches.values():
+            branch.scale = self._scale  # type: ignore[assignment]
+
+    def signal(self, name: str) -> Any:
+        """The value of a signal for this call. Raises :class:`SignalError` when it is not set."""
+        return self.signals.read(name, f"{type(self).__name__} {self.name!r}")
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the adapter is as if absent."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors by name, ``<module path>.<tensor>``: what is saved. Not copies."""
+        return {unescape(name): tensor for name, tensor in self.state_dict(keep_vars=True).items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the values in, in place: a compiled model sees them without recompiling.
+
+        Raises:
+            ArtefactError: a key is missing or not known, or a shape differs; nothing was changed.
+        """
+        mine = self.tensors()
+        check_tensors(mine, tensors)
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+
+    def train_only(self, *groups: str) -> None:
+        """Make the tensors of these groups trainable and no others; with no name, all.
+
+        Raises:
+            ConfigError: no such group.
+        """
+        from fnmatch import fnmatchcase
+
+        for group in groups:
+            if group not in self.groups:
+                raise ConfigError(f"{type(self).__name__} has no group {group!r}. {near(group, self.groups)}")
+        patterns = [p for group in groups for p in self.groups[group]]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not groups or any(fnmatchcase(unescape(name), p) for p in patterns))
+
+    def parameter_count(self) -> int:
+        """How many numbers it holds."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise an :class:`ArtefactError` that names every missing, unknown and mis-shaped tensor, if there is one."""
+    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected if name not in given]
+    problems += [f"not known {name}. {near(name, expected, limit=1)}" for name in given if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ArtefactError("The tensors do not fit this adapter:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def escape(name: str) -> str:
+    """A dotted path as one key of a module dictionary, which allows no dots."""
+    return name.replace(".", "/")
+
+
+def unescape(name: str) -> str:
+    """A tensor's name in a module, as we write it: no prefix, plain dots."""
+    return name.removeprefix("branches.").replace("/", ".")

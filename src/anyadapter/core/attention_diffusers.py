@@ -1,0 +1,94 @@
+"""The port into the attention cores of diffusers.
+
+Every attention processor ends in one call of ``F.scaled_dot_product_attention``. We leave the processor alone and, while
+the attention module runs, take over its first such call: any processor works, and changing it later does not lose the
+adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from anyadapter.core.errors import TargetError
+from anyadapter.core.site import Chain, Patch
+
+
+class Intercept(TorchFunctionMode):
+    """Sends the first scaled-dot-product attention inside the block through ``chain``."""
+
+    def __init__(self, chain: Chain, context: dict[str, Any]) -> None:
+        super().__init__()
+        self.chain, self.context, self.seen = chain, context, False
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention or self.seen:
+            return function(*args, **kwargs)
+        self.seen = True
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        given = dict(zip(names, args)) | kwargs
+        dropout, gqa = given.get("dropout_p", 0.0), given.get("enable_gqa", False)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+            return function(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=options.get("is_causal", False),
+                scale=options.get("scaling"),
+                enable_gqa=gqa,
+            )
+
+        return self.chain(
+            call,
+            given["query"],
+            given["key"],
+            given["value"],
+            given.get("attn_mask"),
+            scaling=given.get("scale"),
+            is_causal=given.get("is_causal", False),
+            **self.context,
+        )
+
+
+class ProcessorCore:
+    """Runs an attention module with its core sent through ``chain``."""
+
+    def __init__(self, module: nn.Module, base: Callable[..., Any], chain: Chain) -> None:
+        self.module, self.base, self.chain = module, base, chain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not any(link.adapter.active for link in self.chain.links):
+            return self.base(*args, **kwargs)
+        with Intercept(self.chain, {}) as intercept:
+            out = self.base(*args, **kwargs)
+        if not intercept.seen:
+            processor = type(self.module.processor).__name__
+            raise TargetError(
+                f"The attention processor {processor} does not use F.scaled_dot_product_attention, so the adapter cannot "
+                "reach its core. Call model.set_default_attn_processor(), or disable xformers or attention slicing."
+            )
+        return out
+
+
+class ProcessorPort:
+    """diffusers' ``Attention`` and the newer modules with a ``processor``."""
+
+    def opens(self, module: nn.Module) -> bool:
+        return isinstance(module, Attention) or (
+            type(module).__module__.startswith("diffusers.") and hasattr(module, "processor")
+        )
+
+    def install(self, patch: Patch, chain: Chain) -> None:
+        patch.base = ProcessorCore(patch.module, patch.base, chain)
+
+    def remove(self, patch: Patch) -> None:
+        patch.base = patch.base.base  # type: ignore[attr-defined]

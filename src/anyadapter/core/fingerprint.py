@@ -1,0 +1,66 @@
+"""The fingerprint of a base model: enough to tell that an adapter meets the base it was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anyadapter.core.errors import BaseMismatchError
+from anyadapter.core.host import Host
+
+TENSORS, VALUES = 16, 8  # how many tensors are sampled, and how many values of each
+TOLERANCE = 0.1  # relative; the same base in another dtype stays far below, another base far above
+
+
+def fingerprint(host: Host) -> dict[str, Any]:
+    """Class, and shape and a few values of some tensors spread over the base. Readable, and a few kilobytes of JSON.
+
+    Returns:
+        ``{"class": name, "tensors": {name: {"shape": [...], "values": [...]}}}``; values are absent where the tensor is
+        quantised.
+    """
+    named = {
+        name: tensor
+        for name, tensor in host.model.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and tensor.dim() >= 1
+    }
+    matrices = sorted(name for name, tensor in named.items() if tensor.dim() >= 2) or sorted(named)
+    step = max(1, len(matrices) // TENSORS)
+    return {
+        "class": type(host.model).__name__,
+        "tensors": {name: _sample(named[name]) for name in matrices[::step][:TENSORS]},
+    }
+
+
+def check_fingerprint(host: Host, expected: dict[str, Any]) -> None:
+    """Compare a base with the fingerprint in an adapter's file.
+
+    Raises:
+        BaseMismatchError: a tensor is missing, has another shape or other values.
+    """
+    named = host.model.state_dict()
+    trained_on = f"The adapter was trained on a {expected.get('class', 'different model')}"
+    advice = "Load it on that base, or pass check_base=False if you know that the two are the same."
+    for name, sample in expected.get("tensors", {}).items():
+        if name not in named:
+            raise BaseMismatchError(f"{trained_on}, whose {name} does not exist in {host.describe()}. {advice}")
+        mine = _sample(named[name])
+        if mine["shape"] != sample["shape"]:
+            raise BaseMismatchError(
+                f"{trained_on} whose {name} is {sample['shape']}; here it is {mine['shape']}. {advice}"
+            )
+        if "values" not in mine or "values" not in sample:
+            continue
+        here, there = torch.tensor(mine["values"]), torch.tensor(sample["values"])
+        if (here - there).norm() > TOLERANCE * there.norm().clamp(min=1e-6):
+            raise BaseMismatchError(f"{trained_on} whose {name} has other values than this one's. {advice}")
+
+
+def _sample(tensor: torch.Tensor) -> dict[str, Any]:
+    sample: dict[str, Any] = {"shape": list(tensor.shape)}
+    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        flat = tensor.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64, device="cpu").long()
+        sample["values"] = [round(v, 8) for v in flat[index.to(flat.device)].float().tolist()]
+    return sample

@@ -1,0 +1,105 @@
+"""LoRA: low-rank updates of frozen weights.
+
+Hu et al. 2021, arXiv 2106.09685; one of the four families of LLM-Adapters (Hu et al. 2023, arXiv 2304.01933).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
+from anyadapter.core.errors import TargetError
+from anyadapter.core.host import Host, features
+from anyadapter.parts.low_rank import LowRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """Settings of LoRA.
+
+    Attributes:
+        rank: width r of the update.
+        alpha: numerator of its scaling, alpha / r; with ``rank_stabilised``, alpha / √r (Kalajdzievski 2023).
+        dropout: probability, on the branch's input.
+        targets: linears and convolutions to update.
+        exclude: targets to leave out.
+        layers: indices of the layers to update; all by default, negative from the last.
+        fused: treat each target as a fused query, key and value projection and update these two thirds of it with a
+            grouped B, as the LLM-Adapters code does when only one target is given. Off unless a file needs it.
+    """
+
+    method: ClassVar[str] = "lora"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    exclude: Targets = ()
+    layers: tuple[int, ...] | None = None
+    rank_stabilised: bool = False
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        self.require("rank", isinstance(self.rank, int) and self.rank >= 1, "a positive integer")
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        self.require("alpha", math.isfinite(self.alpha), "finite")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / √r."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+class LoRA(Adapter):
+    """y = W x + (alpha / r) · B A x at every target."""
+
+    Config = LoRAConfig
+    capabilities = frozenset({"scale", "merge"})
+    config: LoRAConfig
+
+    def setup(self, host: Host) -> None:
+        config = self.config
+        branch = FusedLowRank if config.fused else LowRank
+        for site in host.find(config.targets, exclude=config.exclude, layers=config.layers):
+            widest = max(features(site.module))
+            config.require("rank", config.rank <= widest, f"at most {widest}, the width of {site.path}")
+            self.at(site, branch(site.module, config.rank, config.scaling, config.dropout))
+
+
+class FusedLowRank(Branch):
+    """Low-rank updates of the first and last third of a linear's output, none of the middle.
+
+    A is (2r, in): r rows for each third; B is (2 · out / 3, r, 1), a convolution in two groups. The layout of LoRA's
+    first release, which LLM-Adapters' code falls into when it is given one target (card llm-adapters, trap 1).
+    """
+
+    def __init__(self, module: nn.Module, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        width_in, width_out = features(module)
+        if not isinstance(module, nn.Linear) or width_out % 3:
+            raise TargetError(f"A fused projection is a Linear with three equal parts, not a {module}.")
+        self.lora_A = nn.Linear(width_in, 2 * rank, bias=False)
+        self.lora_B = nn.Conv1d(2 * rank, 2 * width_out // 3, 1, groups=2, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: (batch, seq, in) → (batch, seq, out)."""
+        out = call(x)
+        hidden = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))
+        first, last = self.lora_B(hidden.transpose(-2, -1)).transpose(-2, -1).chunk(2, dim=-1)
+        delta = torch.cat([first, torch.zeros_like(first), last], dim=-1)
+        return torch.add(out, delta.to(out.dtype), alpha=self.scaling * self.scale)
+
+    def weight_delta(self, module: nn.Module) -> Tensor:
+        """scale · scaling · B A by thirds, (out, in), in fp32."""
+        a, b = self.lora_A.weight.float().chunk(2), self.lora_B.weight.float().squeeze(-1).chunk(2)
+        delta = torch.cat([b[0] @ a[0], torch.zeros_like(b[0] @ a[0]), b[1] @ a[1]])
+        return delta * (self.scaling * self.scale)
