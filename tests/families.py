@@ -128,6 +128,11 @@ def _denoise(*shape: int) -> Callable[[nn.Module, int], dict]:
     return inputs
 
 
+def _denoise_video(model: nn.Module, batch: int) -> dict:
+    inputs = _denoise(4, 3, 8, 8)(model, batch)
+    return {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].repeat_interleave(3, dim=0)}
+
+
 def _denoise_sdxl(model: nn.Module, batch: int) -> dict:
     extra = {"text_embeds": _noise(batch, 16, stream=2), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch)}
     return {**_denoise(4, 8, 8)(model, batch), "added_cond_kwargs": extra}
@@ -271,7 +276,7 @@ FAMILIES: list[Case] = [
     _case("sd15", _diffusers, _denoise(4, 8, 8), _sample, **_SD15),
     _case("sd21", _diffusers, _denoise(4, 8, 8), _sample, **_SD21),
     _case("sdxl", _diffusers, _denoise_sdxl, _sample, **_SDXL),
-    _case("unet_motion", _diffusers, _denoise(4, 3, 8, 8), _sample, **_MOTION),
+    _case("unet_motion", _diffusers, _denoise_video, _sample, **_MOTION),
     _case("sd3", _diffusers, _denoise_sd3, _sample, **_SD3),
     _case("flux", _diffusers, _denoise_flux, _sample, **_FLUX),
 ]

@@ -207,10 +207,10 @@ def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 
 
 def escape(name: str) -> str:
-    """A dotted path as one key of a module dictionary, which allows no dots."""
-    return name.replace(".", "/")
+    """A dotted path as one key of a module dictionary, which allows neither dots nor the names of its own methods."""
+    return "/" + name.replace(".", "/")
 
 
 def unescape(name: str) -> str:
     """A tensor's name in a module, as we write it: no prefix, plain dots."""
-    return name.removeprefix("branches.").replace("/", ".")
+    return name.removeprefix("branches./").replace("/", ".")

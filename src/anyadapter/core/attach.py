@@ -132,10 +132,13 @@ def signals(model: nn.Module, **values: Any) -> Iterator[None]:
         yield
 
 
-def merge(model: nn.Module, name: str = "default") -> None:
+def merge(model: nn.Module, name: str = "default", *, unload: bool = False) -> None:
     """Add a linear adapter into the base's weights, so that it costs nothing to run.
 
     The weights underneath are kept: :func:`unmerge` restores them bit for bit.
+
+    Args:
+        unload: keep nothing and take the adapter off: the base becomes the merged model for good.
 
     Raises:
         AttachError: the method is not linear, the adapter is merged already, or a weight is quantised or shared.
@@ -162,6 +165,9 @@ def merge(model: nn.Module, name: str = "default") -> None:
     with torch.no_grad():
         for path, value in merged.items():
             host.modules[path].weight.copy_(value)  # type: ignore[operator, union-attr]
+    if unload:
+        detach(model, name, out_of_order=True)
+        return
     host.originals[name] = originals
     adapter.merged = True
 

@@ -64,6 +64,24 @@ def port_of(path: str, module: nn.Module) -> Port:
     )
 
 
+def key_heads(module: nn.Module) -> tuple[int, int]:
+    """How many heads of keys and values an attention module of transformers has, and their width.
+
+    Raises:
+        TargetError: it does not say.
+    """
+
+    def fact(owner: Any, *names: str) -> int | None:
+        return next((getattr(owner, name) for name in names if getattr(owner, name, None)), None)
+
+    dim = fact(module, "head_dim", "attention_head_size", "key_value_proj_dim")
+    heads = fact(module, "num_heads", "num_attention_heads", "n_heads")
+    heads = heads or fact(getattr(module, "config", None), "num_attention_heads")
+    if dim is None or heads is None:
+        raise TargetError(f"A {type(module).__name__} does not say how many heads it has and how wide they are.")
+    return heads // getattr(module, "num_key_value_groups", 1), dim
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scaling: float | None = None) -> Tensor:
     """softmax(q kᵀ · scaling + mask) v, with the key heads repeated where there are fewer than query heads."""
     if k.shape[1] != q.shape[1]:

@@ -48,7 +48,13 @@ def register(implementation: str) -> str:
 
 
 def through_chain(
-    implementation: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function in transformers' form (heads as (batch, queries, heads, head_dim)) that runs the chain."""
     source = sys.modules[type(module).__module__]
@@ -64,7 +70,7 @@ def through_chain(
 
     if options.get("is_causal") is None:
         options["is_causal"] = getattr(module, "is_causal", True)
-    heads = getattr(module, CHAIN)(call, q, k, v, mask, **options)
+    heads = getattr(module, CHAIN)(call, query, key, value, attention_mask, **options)
     return heads.transpose(1, 2).contiguous(), weights
 
 
@@ -91,24 +97,35 @@ class InterfacePort:
 
 
 class MethodCore:
-    """Stands as the instance attribute ``_attn`` of an opened GPT-J or GPT-Neo attention."""
+    """Stands as the instance attribute ``_attn`` of an opened GPT-J or GPT-Neo attention.
+
+    GPT-Neo masks inside its ``_attn``, by a table that knows no keys but the sequence's own; here that becomes part of the
+    mask, and the attention is written out.
+    """
 
     def __init__(self, module: nn.Module, chain: Chain) -> None:
         self.module, self.chain = module, chain
+        scale: Any = getattr(module, "scale_attn", 1.0)
+        self.scale = float(scale)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         weights = None
 
         def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
             nonlocal weights
-            heads, weights = type(self.module)._attn(self.module, q, k, v, mask)  # type: ignore[attr-defined]
-            return heads
+            scores = q.float() @ k.float().transpose(-1, -2) / self.scale
+            if mask is not None:
+                scores = scores + mask
+            weights = self.module.attn_dropout(F.softmax(scores, dim=-1).to(v.dtype))  # type: ignore[operator]
+            return weights @ v
 
-        scaling = getattr(self.module, "scale_attn", None)
-        heads = self.chain(
-            call, q, k, v, mask, scaling=1.0 if scaling is None else 1.0 / float(scaling), is_causal=True
-        )
-        return heads, weights
+        table: Any = getattr(self.module, "bias", None)
+        if table is not None:
+            seen = table[:, :, k.shape[2] - q.shape[2] : k.shape[2], : k.shape[2]]
+            lowest = torch.finfo(torch.float32).min
+            window = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, lowest)
+            mask = window if mask is None else mask + window
+        return self.chain(call, q, k, v, mask, scaling=1.0 / self.scale, is_causal=True), weights
 
 
 class MethodPort:

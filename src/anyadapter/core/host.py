@@ -31,6 +31,10 @@ class Guests(nn.Module):
         self.adapters = nn.ModuleDict()
         self.register_load_state_dict_post_hook(forget_missing)
 
+    def forward(self, x: Any) -> Any:
+        """Pass on the input: a ``Sequential`` host runs all its children."""
+        return x
+
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Add nothing: adapters are saved by themselves."""
         return {} if destination is None else destination

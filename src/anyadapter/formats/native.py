@@ -34,6 +34,7 @@ def save_pretrained(
     name: str = "default",
     *,
     dtype: torch.dtype | None = None,
+    layout: str | None = None,
     card: str | None = None,
 ) -> Path:
     """Save one attached adapter, and nothing of the base.
@@ -41,6 +42,7 @@ def save_pretrained(
     Args:
         folder: made if missing; an artefact in it is replaced, never left half written.
         dtype: of the saved tensors; by default as they are.
+        layout: ``"native"``, ``"peft"`` or ``"llm-adapters"``; by default PEFT's where that holds the adapter whole.
         card: text of the model card; by default one with the facts known here. A README.md that exists is kept.
 
     Returns:
@@ -48,12 +50,12 @@ def save_pretrained(
 
     Raises:
         AttachError: no such adapter.
-        ArtefactError: a tensor is empty, or the disk is full.
+        ArtefactError: a tensor is empty, the disk is full, or the layout cannot hold this adapter.
     """
     host = Host.of(model)
     adapter = get(host, name)
-    layout = layouts.of(adapter)
-    config, tensors = layout.write(adapter)
+    chosen = layouts.by_name(layout) if layout else layouts.of(adapter)
+    config, tensors = chosen.write(adapter)
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     base = getattr(getattr(host.model, "config", None), "_name_or_path", "") or None
@@ -65,7 +67,7 @@ def save_pretrained(
             "format_version": FORMAT_VERSION,
             "library_version": version("anyadapter"),
             "method": adapter.config.method,
-            "layout": layout.name,
+            "layout": chosen.name,
             "config": adapter.config.to_dict(),
             "scale": adapter.scale,
             "tensors_sha256": digest(tensors),

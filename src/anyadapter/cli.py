@@ -1,0 +1,235 @@
+"""The command line: ``anyadapter --help``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from anyadapter.core.errors import AnyAdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+app = typer.Typer(
+    help="Adapters for frozen models: train, inspect, merge and convert them.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+)
+console, errors = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead of a table.")]
+Base = Annotated[str, typer.Option("--base", help="Folder or Hub id of the base model; 'smollm2' is the embedded one.")]
+Folder = Annotated[Path, typer.Argument(help="An adapter's folder.", show_default=False)]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Our own errors are for people: a message and exit code 1, no traceback."""
+    try:
+        yield
+    except AnyAdapterError as error:
+        errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        errors.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("Interrupted. What was saved is whole; run the same command again to go on.")
+        raise typer.Exit(130) from None
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    """Print an object as JSON, or as a table of two columns."""
+    if as_json:
+        print(json.dumps(values, indent=2, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in values.items():
+        shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        table.add_row(f"[bold]{key}[/]", shown if len(shown) < 500 else shown[:500] + " …")
+    console.print(table)
+
+
+@app.command()
+def quickstart(
+    base: Base = "smollm2",
+    data: Annotated[
+        Optional[Path], typer.Option(help="JSONL with 'prompt' and 'completion'; by default a real task that ships along.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the report, plot and adapters go.")] = Path("quickstart"),
+    steps: Annotated[Optional[int], typer.Option(help="Training steps per adapter; by default the tuned budget.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data order and initialisation.")] = 0,
+) -> None:
+    """Train four adapters on one frozen model, compare them on held-out data, and leave a report.
+
+    Example: `anyadapter quickstart --base HuggingFaceTB/SmolLM2-360M-Instruct --data mine.jsonl`
+    """
+    from anyadapter.quickstart import run
+
+    with plain_errors():
+        run(base=base, data=data, out=out, steps=steps, seed=seed)
+
+
+@app.command("list")
+def list_systems(as_json: Json = False) -> None:
+    """The catalogue: every system, its modality, status, methods and hosts.
+
+    Example: `anyadapter list --json | jq '.[] | select(.status == "implemented") | .slug'`
+    """
+    from anyadapter.core.catalogue import SYSTEMS
+
+    if as_json:
+        print(json.dumps([system.to_dict() for system in SYSTEMS], indent=2))
+        return
+    table = Table("system", "modality", "status", "methods", "tested hosts", "note")
+    for system in SYSTEMS:
+        colour = {"implemented": "green", "partial": "yellow", "planned": "dim"}[system.status]
+        status = f"[{colour}]{system.status}[/]"
+        methods, hosts = ", ".join(system.methods), ", ".join(system.hosts)
+        table.add_row(system.system, system.modality, status, methods, hosts, system.note)
+    console.print(table)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see the page 'Training' of the documentation.")],
+    overwrite: Annotated[bool, typer.Option(help="Start anew where a finished run lies.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter. The same command goes on where an interrupted run stopped.
+
+    Example: `anyadapter train examples/llm_adapters.yaml`
+    """
+    from anyadapter.training.run import train as run
+
+    with plain_errors():
+        result = run(config, overwrite=overwrite)
+        show({"folder": str(result.folder), **result.metrics}, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="JSONL or JSON with held-out examples.")],
+    base: Base = "smollm2",
+    adapter: Annotated[Optional[str], typer.Option(help="An adapter's folder or Hub id; without one, the base alone.")] = None,
+    metric: Annotated[str, typer.Option(help="exact, number, letter, or a data set of the LLM-Adapters protocol.")] = "exact",
+    batch: Annotated[int, typer.Option(help="Examples per batch; the answers do not depend on it.")] = 8,
+    tokens: Annotated[int, typer.Option(help="New tokens per answer, at most.")] = 32,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score generated answers on held-out data, with an adapter or without.
+
+    Example: `anyadapter eval test.jsonl --adapter runs/lora/adapter --metric number`
+    """
+    from anyadapter.formats.native import load
+    from anyadapter.training.base import load_base
+    from anyadapter.training.evaluate import evaluate_file
+
+    with plain_errors():
+        model, tokenizer = load_base(base)
+        if adapter:
+            load(model, adapter)
+        summary = evaluate_file(model, tokenizer, data, metric=metric, batch=batch, max_new_tokens=tokens, limit=limit)
+        show(summary, as_json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
+    base: Base = "smollm2",
+    adapter: Annotated[Optional[str], typer.Option(help="An adapter's folder or Hub id.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
+    template: Annotated[str, typer.Option(help="How the prompt is framed: plain, chat or alpaca.")] = "plain",
+) -> None:
+    """Answer one prompt, greedily.
+
+    Example: `anyadapter generate "What is 3 + 4?" --adapter runs/lora/adapter --template alpaca`
+    """
+    from anyadapter.formats.native import load
+    from anyadapter.training.base import load_base
+    from anyadapter.training.evaluate import answer
+
+    with plain_errors():
+        model, tokenizer = load_base(base)
+        if adapter:
+            load(model, adapter)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        print(answer(model, tokenizer, [text], template=template, max_new_tokens=tokens)[0])
+
+
+@app.command()
+def inspect(folder: Folder, as_json: Json = False) -> None:
+    """What a folder holds: method, base, settings, parameters, bytes and wrapped modules. Reads no base model.
+
+    Example: `anyadapter inspect runs/lora/adapter --json`
+    """
+    from anyadapter.formats.native import inspect as look
+
+    with plain_errors():
+        show(look(folder), as_json)
+
+
+@app.command()
+def merge(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes.")],
+    base: Annotated[Optional[str], typer.Option(help="The base; by default the one named in the adapter.")] = None,
+) -> None:
+    """Add a linear adapter into its base and save the whole model.
+
+    Example: `anyadapter merge runs/lora/adapter merged --base smollm2`
+    """
+    from anyadapter.core.attach import merge as add
+
+    with plain_errors():
+        model, tokenizer = with_adapter(folder, base)
+        add(model, unload=True)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        console.print(f"Saved {out}.")
+
+
+@app.command()
+def convert(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    to: Annotated[str, typer.Option(help="native, peft or llm-adapters.")] = "peft",
+    base: Annotated[Optional[str], typer.Option(help="The base; by default the one named in the adapter.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read a legacy adapter_model.bin (plain tensors only).")] = False,
+) -> None:
+    """Write an adapter in another layout.
+
+    Example: `anyadapter convert official-lora mine --to native --base llama-7b --allow-pickle`
+    """
+    from anyadapter.formats.native import save_pretrained
+
+    with plain_errors():
+        model, _ = with_adapter(folder, base, allow_pickle)
+        save_pretrained(model, out, layout=to)
+        console.print(f"Saved {out} in the layout {to}.")
+
+
+def with_adapter(folder: Path, base: str | None, allow_pickle: bool = False) -> tuple[Any, Any]:
+    """The base of an adapter with the adapter loaded, and the tokenizer."""
+    from anyadapter.core.errors import ArtefactError
+    from anyadapter.formats.files import CONFIG, read_json
+    from anyadapter.formats.native import load
+    from anyadapter.training.base import load_base
+
+    name = base or read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise ArtefactError(f"{folder} does not say which base it was trained on; name it with --base.")
+    model, tokenizer = load_base(name)
+    load(model, folder, allow_pickle=allow_pickle)
+    return model, tokenizer
+
+
+if __name__ == "__main__":
+    app()
