@@ -13,7 +13,7 @@
 from importlib import import_module
 from typing import Any
 
-from anyadapter.core.adapter import Adapter, AdapterConfig, Branch
+from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
 from anyadapter.core.attach import adapters, attach, detach, disabled, merge, signals, unmerge
 from anyadapter.core.catalogue import SYSTEMS, System, methods, register
 from anyadapter.core.errors import (
@@ -69,6 +69,7 @@ __all__ = [
     "Site",
     "System",
     "TargetError",
+    "Targets",
     "adapters",
     "attach",
     "detach",

@@ -141,6 +141,26 @@ def test_merging_a_shared_weight_is_refused() -> None:
         aa.merge(model)
 
 
+def test_merging_into_a_quantised_weight_is_refused() -> None:
+    class Int8Linear(nn.Linear):
+        """A linear whose weight is stored in eight bits."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__(width, width)
+            self.weight = nn.Parameter(torch.randint(-127, 127, (width, width), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.float() / 127, self.bias)
+
+    model = nn.Sequential(Int8Linear(8))
+    before = model(torch.ones(1, 8))
+    adapter = aa.attach(model, aa.LoRAConfig(rank=2))
+    nn.init.normal_(next(iter(adapter.branches.values())).lora_B.weight)
+    assert not torch.equal(model(torch.ones(1, 8)), before)  # beside it, an adapter works
+    with pytest.raises(aa.AttachError, match="quantised weight"):
+        aa.merge(model)
+
+
 def test_merge_for_good(llama: nn.Module) -> None:
     for parameter in aa.attach(llama, aa.LoRAConfig(rank=2)).parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -88,6 +88,22 @@ def test_scale_travels_with_the_file(tmp_path: Path) -> None:
     assert torch.equal(logits(first), logits(second))
 
 
+def test_names_of_modules_and_adapters_never_touch_the_keys(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"weight_lora_A": nn.Linear(4, 4), "lora": nn.ModuleDict({"default": nn.Linear(4, 4)})})
+
+    first, second = network(), network()
+    mine = aa.attach(first, aa.LoRAConfig(rank=2), "lora").tensors()
+    for tensor in mine.values():
+        nn.init.normal_(tensor)
+    aa.save_pretrained(first, tmp_path / "a", "lora")
+    theirs = aa.load(second, tmp_path / "a", "weight").tensors()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert len(load_file(tmp_path / "a" / files.TENSORS)) == 4
+
+
 def test_the_base_is_recognised_in_another_precision_and_refused_when_it_is_another(saved: Path) -> None:
     aa.load(model().to(torch.bfloat16), saved)
     m = model(seed=1)

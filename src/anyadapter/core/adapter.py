@@ -27,10 +27,8 @@ Targets = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class Settings:
     """What a user chooses. Subclasses are frozen, flat and JSON-able, and check themselves in ``__post_init__``."""
-
-    method: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; tuples become lists."""
@@ -61,6 +59,13 @@ class AdapterConfig:
             raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {expected}.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Settings):
+    """The settings of a method."""
+
+    method: ClassVar[str]
+
+
 class Branch(nn.Module):
     """One adapter's part at one site.
 
@@ -77,6 +82,10 @@ class Branch(nn.Module):
     def weight_delta(self, module: nn.Module) -> Tensor:
         """What to add to ``module.weight`` for the same effect, in fp32; only where the branch is linear."""
         raise NotImplementedError
+
+    def bias_delta(self, module: nn.Module) -> Tensor | None:
+        """What to add to ``module.bias``, in fp32, or None for nothing."""
+        return None
 
 
 @dataclasses.dataclass(eq=False)
@@ -110,6 +119,9 @@ class Adapter(nn.Module):
         self.enabled = True
         self.merged = False
         self.signals = host.signals
+        # What a file says of the base; not the host itself, which a copy or a pickle of the adapter would drag along.
+        self.base_class = type(host.model).__name__
+        self.base_paths = tuple(host.modules)
         self.branches = nn.ModuleDict()
         self.placements: list[Placement] = []
         self._scale = 1.0

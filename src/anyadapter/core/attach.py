@@ -153,18 +153,21 @@ def merge(model: nn.Module, name: str = "default", *, unload: bool = False) -> N
     merged: dict[str, Tensor] = {}
     uses = [id(m._parameters.get("weight")) for m in host.modules.values()]
     for placement in adapter.placements:
-        module = host.modules[placement.path]
+        module: Any = host.modules[placement.path]
+        branch: Any = placement.branch
         weight = module._parameters.get("weight")
         if weight is None or not weight.is_floating_point():
             raise AttachError(f"{placement.path} holds a quantised weight; merging would change its answers.")
         if uses.count(id(weight)) > 1:
             raise AttachError(f"{placement.path}.weight is shared with another module, which merging would change too.")
-        start = merged.get(placement.path, weight.detach().float())
-        merged[placement.path] = start + placement.branch.weight_delta(module).detach()  # type: ignore[attr-defined]
-        originals[placement.path] = weight.detach().clone()
+        for kind, delta in (("weight", branch.weight_delta(module)), ("bias", branch.bias_delta(module))):
+            if delta is not None:
+                path, before = f"{placement.path}.{kind}", module._parameters[kind].detach()
+                merged[path] = merged.get(path, before.float()) + delta.detach()
+                originals[path] = before.clone()
     with torch.no_grad():
         for path, value in merged.items():
-            host.modules[path].weight.copy_(value)  # type: ignore[operator, union-attr]
+            host.model.get_parameter(path).copy_(value)
     if unload:
         detach(model, name, out_of_order=True)
         return
@@ -188,7 +191,7 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
             raise AttachError(f"{other!r} was merged after {name!r} into the same weights; unmerge {other!r} first.")
     with torch.no_grad():
         for path, value in host.originals.pop(name).items():
-            host.modules[path].weight.copy_(value)  # type: ignore[operator, union-attr]
+            host.model.get_parameter(path).copy_(value)
     adapter.merged = False
 
 

@@ -20,43 +20,54 @@ from anyadapter.core.site import Chain, Patch
 
 
 class Intercept(TorchFunctionMode):
-    """Sends the first scaled-dot-product attention inside the block through ``chain``."""
+    """Sends the first scaled-dot-product attention inside the block through ``chain``.
 
-    def __init__(self, chain: Chain, context: dict[str, Any]) -> None:
+    Written for dynamo to trace whole: it is entered without ``as``, and Python-level methods of tensors are called as
+    methods.
+    """
+
+    NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+    def __init__(self, chain: Chain) -> None:
         super().__init__()
-        self.chain, self.context, self.seen = chain, context, False
+        self.chain, self.seen = chain, False
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention or self.seen:
-            return function(*args, **kwargs)
-        self.seen = True
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        given = dict(zip(names, args)) | kwargs
-        dropout, gqa = given.get("dropout_p", 0.0), given.get("enable_gqa", False)
+        if function is F.scaled_dot_product_attention and not self.seen:
+            self.seen = True
+            return self.attention(**dict(zip(self.NAMES, args)), **kwargs)
+        name = getattr(function, "__name__", "")
+        if function is getattr(Tensor, name, None):
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        return function(*args, **kwargs)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """One call of scaled-dot-product attention, through the chain."""
 
         def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-            return function(
+            return F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
                 attn_mask=mask,
-                dropout_p=dropout,
+                dropout_p=dropout_p,
                 is_causal=options.get("is_causal", False),
                 scale=options.get("scaling"),
-                enable_gqa=gqa,
+                enable_gqa=enable_gqa,
             )
 
-        return self.chain(
-            call,
-            given["query"],
-            given["key"],
-            given["value"],
-            given.get("attn_mask"),
-            scaling=given.get("scale"),
-            is_causal=given.get("is_causal", False),
-            **self.context,
-        )
+        return self.chain(call, query, key, value, attn_mask, scaling=scale, is_causal=is_causal)
 
 
 class ProcessorCore:
@@ -68,7 +79,8 @@ class ProcessorCore:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not any(link.adapter.active for link in self.chain.links):
             return self.base(*args, **kwargs)
-        with Intercept(self.chain, {}) as intercept:
+        intercept = Intercept(self.chain)
+        with intercept:
             out = self.base(*args, **kwargs)
         if not intercept.seen:
             processor = type(self.module.processor).__name__

@@ -56,7 +56,7 @@ class Host:
         self.patches: dict[str, Patch] = {}
         self.cores: dict[str, tuple[Port, Chain]] = {}
         self.trainable: list[nn.Parameter] = []  # of the base, before it was frozen
-        self.originals: dict[str, dict[str, Tensor]] = {}  # weights under each merged adapter, by module path
+        self.originals: dict[str, dict[str, Tensor]] = {}  # parameters under each merged adapter, by name
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
@@ -166,8 +166,9 @@ class Host:
         return as_tuple(self.family.roles[name])
 
     def has(self, role: str) -> bool:
-        """Whether this host has a part of that role."""
-        return self.family is not None and role in self.family.roles
+        """Whether this host has a part of that role: its family's table says where, and there is a module there."""
+        patterns = as_tuple(self.family.roles.get(role, ())) if self.family else ()
+        return any(ends_with(path, pattern) for path in self.modules for pattern in patterns)
 
     @property
     def head(self) -> nn.Module | None:
@@ -187,7 +188,7 @@ class Host:
         guests: Any = self.model._modules[CHILD]
         guests.adapters[escape(adapter.name)] = adapter
         for placement in adapter.placements:
-            module = self.modules[placement.path]
+            module = self.modules[placement.path] if placement.path else self.model
             patch = self.patches.get(placement.path) or self.patches.setdefault(placement.path, Patch(module))
             if placement.kind == "attention":
                 if placement.path not in self.cores:

@@ -104,8 +104,8 @@ class Family:
                 near = difflib.get_close_matches(role, ROLES, n=3)
                 hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
                 raise ValueError(
-                    f"unknown role {role!r} in the family {self.names[0]!r}: {hint}"
-                    f"To add a role, describe it first: ROLES[{role!r}] = 'what it is for'"
+                    f"unknown role {role!r} in the family {self.names[0]!r}; {hint}"
+                    f"to add a role, describe it first: ROLES[{role!r}] = 'what it is for'"
                 )
 
 

@@ -76,6 +76,8 @@ class Patch:
         module.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and "input" in kwargs:  # torch's own layers by keyword: branches take their input by position
+            args = (kwargs.pop("input"),)
         return self.chain(self.base, *args, **kwargs)
 
     @property

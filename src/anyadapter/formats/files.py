@@ -122,22 +122,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A legacy ``.bin``: plain tensors only, nothing in it is executed.
+    """A legacy ``.bin``: plain tensors only, nothing in it is executed. Nested dictionaries become dotted names.
 
     Raises:
         ArtefactError: it holds anything else.
     """
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = flat(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ArtefactError(
             f"{path} holds more than tensors and was not loaded: {str(error).splitlines()[0]}"
         ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
-    ):
-        raise ArtefactError(f"{path} is not a flat dictionary of tensors.")
     return finite(path, tensors)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors in nested dictionaries by dotted name. Raises :class:`ArtefactError` when there is anything else."""
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{prefix or 'it'} is a {type(value).__name__}, not a dictionary of tensors.")
+    found: dict[str, Tensor] = {}
+    for key, item in value.items():
+        found |= {f"{prefix}{key}": item} if isinstance(item, Tensor) else flat(item, f"{prefix}{key}.")
+    return found
 
 
 def finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

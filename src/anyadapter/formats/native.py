@@ -53,14 +53,27 @@ def save_pretrained(
         ArtefactError: a tensor is empty, the disk is full, or the layout cannot hold this adapter.
     """
     host = Host.of(model)
-    adapter = get(host, name)
+    base_name = getattr(getattr(host.model, "config", None), "_name_or_path", "") or None
+    return write(get(host, name), folder, fingerprint(host), base_name, dtype=dtype, layout=layout, card=card)
+
+
+def write(
+    adapter: Adapter,
+    folder: str | Path,
+    base: dict[str, Any],
+    base_name: str | None,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: str | None = None,
+    card: str | None = None,
+) -> Path:
+    """:func:`save_pretrained` of an adapter that need not be attached, given the fingerprint and name of its base."""
     chosen = layouts.by_name(layout) if layout else layouts.of(adapter)
     config, tensors = chosen.write(adapter)
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-    base = getattr(getattr(host.model, "config", None), "_name_or_path", "") or None
     config = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         **config,
         KEY: {
@@ -71,11 +84,11 @@ def save_pretrained(
             "config": adapter.config.to_dict(),
             "scale": adapter.scale,
             "tensors_sha256": digest(tensors),
-            "base": fingerprint(host),
+            "base": base,
         },
     }
     folder = Path(folder)
-    write_folder(folder, config, tensors, card or model_card(adapter, base))
+    write_folder(folder, config, tensors, card or model_card(adapter, base_name))
     return folder
 
 
@@ -133,6 +146,17 @@ def load(
     if not trainable:
         adapter.requires_grad_(False)
     return adapter
+
+
+def restore(adapter: Adapter, folder: str | Path) -> None:
+    """Copy saved tensors into an adapter that exists: one built with the same settings for the same base.
+
+    Raises:
+        ArtefactError: the folder is damaged or holds another adapter; nothing was changed.
+    """
+    config, tensors = read_json(Path(folder) / CONFIG), read_tensors(Path(folder) / TENSORS)
+    layout, _ = _read_ours(Path(folder), config.get(KEY), tensors)
+    adapter.load_tensors(layout.read(config, tensors, adapter))
 
 
 def _read_ours(path: Path, ours: Any, tensors: dict[str, Tensor]) -> tuple[Any, Any]:

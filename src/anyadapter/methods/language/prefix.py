@@ -23,6 +23,7 @@ from anyadapter.core.adapter import Adapter, AdapterConfig, Targets
 from anyadapter.core.attention import key_heads, prepend
 from anyadapter.core.errors import ConfigError, TargetError
 from anyadapter.core.host import Host, device_of
+from anyadapter.parts.whole import place_whole
 
 # How a module that reads positions calls them; the last is a plain embedding's only argument.
 POSITIONS = ("position_ids", "past_key_values_length", "input")
@@ -41,6 +42,7 @@ class PrefixConfig(AdapterConfig):
         targets: attention modules to put it in front of. In an encoder-decoder, ``"decoder:self_attention"``,
             ``"encoder:self_attention"`` and ``"cross_attention"`` select one of its three kinds.
         layers: indices of the layers that get one; all by default, negative from the last.
+        whole: modules trained as whole copies beside the prefix, such as a new head; PEFT's ``modules_to_save``.
         shift: whether the sequence (the decoder's, where there are two) starts at position n, as after n tokens. Off, the
             prefix takes no positions; that is needed where the model's positions are all in use.
     """
@@ -51,6 +53,7 @@ class PrefixConfig(AdapterConfig):
     init: float = 1.0
     targets: Targets = "self_attention"
     layers: tuple[int, ...] | None = None
+    whole: Targets = ()
     shift: bool = True
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class Prefix(Adapter):
 
     def setup(self, host: Host) -> None:
         config = self.config
+        place_whole(self, host, config.whole)
         width = 0
         for site in host.find(config.targets, kind="attention", layers=config.layers):
             heads, dim = key_heads(site.module)

@@ -1,0 +1,104 @@
+"""(IA)³: learnt vectors that scale keys, values and the inner activations of the feed-forward.
+
+Liu et al. 2022, arXiv 2205.05638, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
+from anyadapter.core.host import Host, features, is_linear
+from anyadapter.parts.whole import place_whole
+
+KEYS_AND_VALUES = ("self_attention.key", "self_attention.value", "cross_attention.key", "cross_attention.value")
+FUSED = ("self_attention.qkv", "cross_attention.kv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(AdapterConfig):
+    """Settings of (IA)³.
+
+    Attributes:
+        outputs: linears whose output is scaled. By default the projections to keys and values of every attention; where
+            one projection makes queries, keys and values together, all three are scaled.
+        inputs: linears whose input is scaled: the last of the feed-forward.
+        layers: indices of the layers to adapt; all by default, negative from the last.
+        whole: modules trained as whole copies beside the vectors, such as a new head; PEFT's ``modules_to_save``.
+    """
+
+    method: ClassVar[str] = "ia3"
+    outputs: Targets | None = None
+    inputs: Targets = "feed_forward.down"
+    layers: tuple[int, ...] | None = None
+    whole: Targets = ()
+
+
+class IA3(Adapter):
+    """k ← l_k ⊙ k, v ← l_v ⊙ v, and (l_ff ⊙ γ(W₁ x)) W₂: one vector for each linear, all ones at first."""
+
+    Config = IA3Config
+    capabilities = frozenset({"scale", "merge"})
+    config: IA3Config
+
+    def setup(self, host: Host) -> None:
+        config = self.config
+        place_whole(self, host, config.whole)
+        outputs = config.outputs
+        if outputs is None:
+            outputs = tuple(role for role in KEYS_AND_VALUES + FUSED if host.has(role)) or KEYS_AND_VALUES[:2]
+        for targets, branch in ((outputs, ScaledOutput), (config.inputs, ScaledInput)):
+            for site in host.find(targets, layers=config.layers) if targets else ():
+                self.at(site, branch(site.module))
+
+
+class ScaledOutput(Branch):
+    """y = l ⊙ call(x), with l of (out, 1). At another strength s, 1 + s (l − 1) stands for l."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(features(module)[1], 1))
+
+    @property
+    def factor(self) -> Tensor:
+        """(features,)."""
+        l = self.ia3_l.flatten()
+        return l if self.scale == 1 else 1 + self.scale * (l - 1)
+
+    def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: (…, in) → (…, out)."""
+        out = call(x)
+        return (out * self.factor).to(out.dtype)
+
+    def weight_delta(self, module: nn.Module) -> Tensor:
+        """(l − 1) ⊙ W, row by row."""
+        rows = self.factor.float() - 1
+        return module.weight.float() * (rows[:, None] if isinstance(module, nn.Linear) else rows)  # type: ignore[operator]
+
+    def bias_delta(self, module: nn.Module) -> Tensor | None:
+        """(l − 1) ⊙ b."""
+        return None if module.bias is None else module.bias.float() * (self.factor.float() - 1)  # type: ignore[operator]
+
+
+class ScaledInput(Branch):
+    """y = call(l ⊙ x), with l of (1, in). At another strength s, 1 + s (l − 1) stands for l."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(1, features(module)[0]))
+
+    factor = ScaledOutput.factor
+
+    def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: (…, in) → (…, out)."""
+        return call((x * self.factor).to(x.dtype))
+
+    def weight_delta(self, module: nn.Module) -> Tensor:
+        """(l − 1) ⊙ W, column by column."""
+        columns = self.factor.float() - 1
+        return module.weight.float() * (columns if isinstance(module, nn.Linear) else columns[:, None])  # type: ignore[operator]
