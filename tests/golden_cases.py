@@ -35,7 +35,11 @@ class Golden:
         """Assert that ``mine`` agrees with the tensor at ``key``, within the tolerance of the case."""
         tolerance = self.about["tolerance"]
         torch.testing.assert_close(
-            mine, self.tensors[key], atol=tolerance["atol"], rtol=tolerance["rtol"], msg=lambda m: f"{self.name} {key}: {m}"
+            mine,
+            self.tensors[key],
+            atol=tolerance["atol"],
+            rtol=tolerance["rtol"],
+            msg=lambda m: f"{self.name} {key}: {m}",
         )
 
 

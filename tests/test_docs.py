@@ -16,7 +16,11 @@ BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def pages() -> list[Path]:
     """The pages with Python in them; a block marked ``no-run`` needs what is not here."""
-    return sorted(p for p in DOCS.rglob("*.md") if BLOCK.search(re.sub(r"^```python no-run.*?^```", "", p.read_text(), flags=re.M | re.S)))
+    return sorted(
+        p
+        for p in DOCS.rglob("*.md")
+        if BLOCK.search(re.sub(r"^```python no-run.*?^```", "", p.read_text(), flags=re.M | re.S))
+    )
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(DOCS).as_posix())
@@ -25,6 +29,11 @@ def test_the_page_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text("\n".join(blocks))
     # The pages' adapter trained on 2 cores must not take minutes: they are written to be short.
     run = subprocess.run(
-        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [sys.executable, "page.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]

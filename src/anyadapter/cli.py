@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -60,10 +60,13 @@ def show(values: dict[str, Any], as_json: bool) -> None:
 def quickstart(
     base: Base = "smollm2",
     data: Annotated[
-        Optional[Path], typer.Option(help="JSONL with 'prompt' and 'completion'; by default a real task that ships along.")
+        Path | None,
+        typer.Option(help="JSONL with 'prompt' and 'completion'; by default a real task that ships along."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the report, plot and adapters go.")] = Path("quickstart"),
-    steps: Annotated[Optional[int], typer.Option(help="Training steps per adapter; by default the tuned budget.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps per adapter; by default the tuned budget.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and initialisation.")] = 0,
 ) -> None:
     """Train four adapters on one frozen model, compare them on held-out data, and leave a report.
@@ -117,11 +120,15 @@ def train(
 def evaluate(
     data: Annotated[Path, typer.Argument(help="JSONL or JSON with held-out examples.")],
     base: Base = "smollm2",
-    adapter: Annotated[Optional[str], typer.Option(help="An adapter's folder or Hub id; without one, the base alone.")] = None,
-    metric: Annotated[str, typer.Option(help="exact, number, letter, or a data set of the LLM-Adapters protocol.")] = "exact",
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter's folder or Hub id; without one, the base alone.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="exact, number, letter, or a data set of the LLM-Adapters protocol.")
+    ] = "exact",
     batch: Annotated[int, typer.Option(help="Examples per batch; the answers do not depend on it.")] = 8,
     tokens: Annotated[int, typer.Option(help="New tokens per answer, at most.")] = 32,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first so many examples.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score generated answers on held-out data, with an adapter or without.
@@ -144,7 +151,7 @@ def evaluate(
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     base: Base = "smollm2",
-    adapter: Annotated[Optional[str], typer.Option(help="An adapter's folder or Hub id.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="An adapter's folder or Hub id.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
     template: Annotated[str, typer.Option(help="How the prompt is framed: plain, chat or alpaca.")] = "plain",
 ) -> None:
@@ -180,7 +187,7 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
 def merge(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="Where the merged model goes.")],
-    base: Annotated[Optional[str], typer.Option(help="The base; by default the one named in the adapter.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base; by default the one named in the adapter.")] = None,
 ) -> None:
     """Add a linear adapter into its base and save the whole model.
 
@@ -201,7 +208,7 @@ def convert(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     to: Annotated[str, typer.Option(help="native, peft or llm-adapters.")] = "peft",
-    base: Annotated[Optional[str], typer.Option(help="The base; by default the one named in the adapter.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base; by default the one named in the adapter.")] = None,
     allow_pickle: Annotated[bool, typer.Option(help="Read a legacy adapter_model.bin (plain tensors only).")] = False,
 ) -> None:
     """Write an adapter in another layout.

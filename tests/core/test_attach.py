@@ -46,10 +46,19 @@ def logits(model: nn.Module) -> Tensor:
 
 
 REFUSED = {
-    "role of another architecture": (lambda m: aa.attach(m, aa.LoRAConfig(targets="cross_attention.query")), "It has: layer"),
+    "role of another architecture": (
+        lambda m: aa.attach(m, aa.LoRAConfig(targets="cross_attention.query")),
+        "It has: layer",
+    ),
     "pattern that matches nothing": (lambda m: aa.attach(m, aa.LoRAConfig(targets="q_prj")), "Did you mean 'q_proj'"),
-    "role with a typing error": (lambda m: aa.attach(m, aa.LoRAConfig(targets="feed_forward.dwn")), "feed_forward.down"),
-    "part of the model that is not there": (lambda m: aa.attach(m, aa.LoRAConfig(targets="decoder:q_proj")), "matches no"),
+    "role with a typing error": (
+        lambda m: aa.attach(m, aa.LoRAConfig(targets="feed_forward.dwn")),
+        "feed_forward.down",
+    ),
+    "part of the model that is not there": (
+        lambda m: aa.attach(m, aa.LoRAConfig(targets="decoder:q_proj")),
+        "matches no",
+    ),
     "layer that is not there": (lambda m: aa.attach(m, aa.LoRAConfig(layers=(99,))), "selects nothing"),
     "module without features": (lambda m: aa.attach(m, aa.LoRAConfig(targets="mlp")), "no number of features"),
     "rank 0": (lambda m: aa.attach(m, aa.LoRAConfig(rank=0)), "rank is 0; it must be a positive integer"),

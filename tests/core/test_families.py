@@ -244,7 +244,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: Case) -> None:
     for checkpointing in (False, True):
         model = build(family)
         if checkpointing:
-            if not getattr(model, "supports_gradient_checkpointing", getattr(model, "_supports_gradient_checkpointing", False)):
+            if not getattr(
+                model, "supports_gradient_checkpointing", getattr(model, "_supports_gradient_checkpointing", False)
+            ):
                 pytest.skip("this model has no gradient checkpointing")
             enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
             enable()

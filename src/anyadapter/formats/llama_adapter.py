@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyadapter.core.adapter import check_tensors
+from anyadapter.core.adapter import Adapter, AdapterConfig, check_tensors
 from anyadapter.core.attach import build
+from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError
 from anyadapter.core.host import Host
 from anyadapter.formats.files import read_pickle
-from anyadapter.methods.language.llama_adapter import LlamaAdapter, LlamaAdapterConfig
 
+METHOD = "llama_adapter"
 QUERY, GATE = "adapter_query.weight", "layers.{}.attention.gate"
 
 
@@ -29,7 +30,7 @@ def read_official(
     *,
     length: int = 10,
     activation: Literal["tanh", "identity"] | None = None,
-) -> tuple[LlamaAdapterConfig, dict[str, Tensor]]:
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Settings and tensors of an official file, for ``attach(model, config).load_tensors(tensors)``.
 
     Args:
@@ -53,24 +54,32 @@ def read_official(
     if rows % length:
         raise ArtefactError(f"{QUERY} has {rows} rows, not a multiple of {length}; pass the right length=.")
     per_head = gates[0].dim() > 1
-    config = LlamaAdapterConfig(
-        length=length,
-        last_layers=rows // length,
-        activation=activation or ("tanh" if per_head else "identity"),
-        gate="head" if per_head else "layer",
-    )
+    settings = {
+        "length": length,
+        "last_layers": rows // length,
+        "activation": activation or ("tanh" if per_head else "identity"),
+        "gate": "head" if per_head else "layer",
+    }
+    config = config_from_dict({"method": METHOD, **settings})
     trial = build(host, config, "trial")
-    assert isinstance(trial, LlamaAdapter)
     check_tensors(write_official(trial), tensors)
-    ordered = [tensors[GATE.format(i)] for i in range(len(trial.gates()))]
+    ordered = [tensors[GATE.format(i)] for i in range(len(gates_of(trial)))]
     idle = len(ordered) - rows // length
     mine = {QUERY: tensors[QUERY]} | ({"idle_gates": torch.stack(ordered[:idle])} if idle else {})
     mine |= {f"{placement.path}.gate": gate for placement, gate in zip(trial.placements, ordered[idle:])}
     return config, mine
 
 
-def write_official(adapter: LlamaAdapter) -> dict[str, Tensor]:
-    """The tensors as the authors name them; ``torch.save`` them."""
-    gates = {GATE.format(i): gate for i, gate in enumerate(adapter.gates())}
-    named = {QUERY: adapter.adapter_query.weight, **gates}
+def write_official(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors as the authors name them; ``torch.save`` them. Raises :class:`ArtefactError` for another method's."""
+    if adapter.config.method != METHOD:
+        raise ArtefactError(f"A {type(adapter).__name__} does not fit the file of a LLaMA-Adapter.")
+    named = {QUERY: adapter.tensors()[QUERY]}
+    named |= {GATE.format(i): gate for i, gate in enumerate(gates_of(adapter))}
     return {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
+
+
+def gates_of(adapter: Adapter) -> list[Tensor]:
+    """The gate of every layer of the base; those below the adapted ones, which act on nothing, come first."""
+    tensors = adapter.tensors()
+    return [*tensors.get("idle_gates", ()), *(tensors[f"{placement.path}.gate"] for placement in adapter.placements)]

@@ -1,8 +1,8 @@
 """The layout of LLM-Adapters' own fork of an early PEFT (AGI-Edgerunners/LLM-Adapters, commit 8166572).
 
-Keys are ``base_model.model.<module path>.<tensor>``; a prefix is one tensor, ``prompt_embeddings``. The configuration is a
-dump of the fork's dataclass. Its targets are matched as the end of a module's path, "v_proj" in "kv_proj" too; the tensors
-in the file say which modules were adapted, and a host where the targets mean others is refused.
+Keys are ``base_model.model.<module path>.<tensor>``. The configuration is a dump of the fork's dataclass. Its targets are
+matched as the end of a module's path, "v_proj" in "kv_proj" too; the tensors in the file say which modules were adapted,
+and a host where the targets mean others is refused. Prefixes are as in PEFT to this day, whose layout reads them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError, near
 from anyadapter.core.host import Host
 from anyadapter.core.roles import ROLES
+from anyadapter.formats.peft import Peft
 
 ROOT = "base_model.model."
-PROMPT = "prompt_embeddings"
 # The tensors at one module.
 TAILS = {
     "BOTTLENECK": (".adapter_down.weight", ".adapter_up.weight", ".adapter_scaling"),
@@ -29,11 +29,11 @@ COMMON = {"peft_type", "base_model_name_or_path", "task_type", "inference_mode"}
 LINEAR = COMMON | {"target_modules", "bias", "modules_to_save"}
 BOTTLENECK = {"bottleneck_size", "non_linearity", "adapter_dropout", "scaling", "init_weights"}
 LORA = {"r", "lora_alpha", "lora_dropout", "merge_weights", "fan_in_fan_out", "enable_lora"}
-PREFIX = {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "encoder_hidden_size"}
+PREFIX = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
 SETTINGS = {
     "BOTTLENECK": LINEAR | BOTTLENECK | {"use_parallel_adapter", "use_adapterp"},
     "LORA": LINEAR | LORA,
-    "PREFIX_TUNING": COMMON | PREFIX | {"num_virtual_tokens", "prefix_projection"},
+    "PREFIX_TUNING": COMMON | PREFIX | {"encoder_hidden_size", "prefix_projection"},
 }
 INIT = {"bert": "bert", "mam_adapter": "zero"}
 FUSED = [True, False, True]  # of query, key and value in one linear, the first and the last
@@ -48,9 +48,7 @@ class LLMAdapters:
 
     def reads(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
         kind = config.get("peft_type")
-        if kind == "LORA":
-            return "enable_lora" in config  # gone since
-        return kind == "BOTTLENECK" or (kind == "PREFIX_TUNING" and set(config) <= SETTINGS[kind])
+        return kind == "BOTTLENECK" or (kind == "LORA" and "enable_lora" in config)  # a setting that is gone since
 
     def read_config(self, config: dict[str, Any], tensors: dict[str, Tensor], host: Host) -> AdapterConfig:
         kind = config["peft_type"]
@@ -59,8 +57,6 @@ class LLMAdapters:
                 raise ArtefactError(f"The setting {key!r} is not known for {kind}. {near(key, SETTINGS[kind])}")
         for key in sorted(SETTINGS[kind] - set(config)):
             raise ArtefactError(f"{kind} needs the setting {key!r}, which the file does not have.")
-        if kind == "PREFIX_TUNING":
-            return config_from_dict(prefix_settings(config, tensors))
         only(config, "bias", "none")
         only(config, "modules_to_save", None)
         modules = [module_of(key, kind) for key in tensors]
@@ -75,7 +71,7 @@ class LLMAdapters:
 
     def read(self, config: dict[str, Any], tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
         if adapter.config.method == "prefix":
-            return {"prompt.weight" if name == PROMPT else name: tensor for name, tensor in tensors.items()}
+            return Peft().read(config, tensors, adapter)
         return {name.removeprefix(ROOT): tensor for name, tensor in tensors.items()}
 
     # ------------------------------------------------------------------ writing
@@ -87,12 +83,12 @@ class LLMAdapters:
         if (why := misfit(adapter)) is not None:
             raise ArtefactError(f"LLM-Adapters' layout cannot hold this {type(adapter).__name__}: {why}.")
         common = {"base_model_name_or_path": "", "task_type": "CAUSAL_LM", "inference_mode": True}
-        tensors = adapter.tensors()
         if adapter.config.method == "prefix":
-            return common | prefix_config(adapter), {PROMPT: tensors["prompt.weight"]}
+            config, tensors = Peft().write(adapter)
+            return common | {k: v for k, v in config.items() if k in SETTINGS["PREFIX_TUNING"]}, tensors
         config = lora_config(adapter) if adapter.config.method == "lora" else bottleneck_config(adapter)
         linear = {"target_modules": names(adapter), "bias": "none", "modules_to_save": None}
-        return common | config | linear, {ROOT + name: tensor for name, tensor in tensors.items()}
+        return common | config | linear, {ROOT + name: tensor for name, tensor in adapter.tensors().items()}
 
 
 def only(config: dict[str, Any], key: str, *allowed: Any) -> Any:
@@ -154,31 +150,21 @@ def lora_settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def prefix_settings(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    only(config, "num_transformer_submodules", 1)
-    if set(tensors) != {PROMPT}:
-        raise ArtefactError(f"A prefix is one tensor, {PROMPT!r}; the file has {', '.join(sorted(tensors)[:5])}.")
-    return {"method": "prefix", "tokens": config["num_virtual_tokens"]}
-
-
 def misfit(adapter: Adapter) -> str | None:
     """Why the layout cannot hold an adapter, or ``None``."""
     config: Any = adapter.config
     tensors = adapter.tensors()
     if config.method == "prefix":
-        parts = "a projection, which fold() removes, or layers, targets or positions of its own"
-        whole = config.targets == "self_attention" and config.layers is None and config.shift
-        return None if whole and set(tensors) == {"prompt.weight"} else parts
+        return None if Peft().writes(adapter) else "PEFT's layout, which is the same for a prefix, cannot"
     if config.method not in ("bottleneck", "lora"):
         return f"it knows LoRA, bottleneck adapters and prefixes, not {config.method!r}"
     tails = TAILS[config.method.upper()]
     if other := [name for name in tensors if not name.endswith(tails)]:
         return f"there is no place for {other[0]}"
     if config.method == "lora":
-        linear = all(tensor.dim() <= 3 for tensor in tensors.values())
-        return (
-            None if linear and not config.rank_stabilised else "it has no convolutions and no rank-stabilised scaling"
-        )
+        if config.rank_stabilised or config.rank_pattern or config.alpha_pattern:
+            return "it has one rank and one alpha for all modules, and the scaling alpha / r"
+        return "it has no convolutions" if any(tensor.dim() > 3 for tensor in tensors.values()) else None
     if config.placement not in ("series", "adapterp", "parallel"):
         return f"the placement {config.placement!r} is not one of series, adapterp, parallel"
     if config.scaling == "learned" and adapter.scale != 1:
@@ -193,12 +179,10 @@ def sizes(adapter: Adapter) -> set[int]:
 
 
 def names(adapter: Adapter) -> list[str]:
-    """The targets as given where they are plain names, else every module by its whole path, which is sure to mean it."""
-    config: Any = adapter.config
+    """The last components of the adapted modules' paths where the fork takes them to mean just these, else the paths."""
     paths = list(dict.fromkeys(placement.path for placement in adapter.placements))
-    given = [config.targets] if isinstance(config.targets, str) else list(config.targets or ())
-    plain = set(given) == {path.split(".")[-1] for path in paths} and config.layers is None and not config.exclude
-    return given if plain else paths
+    ends = list(dict.fromkeys(path.split(".")[-1] for path in paths))
+    return ends if sum(path.endswith(tuple(ends)) for path in adapter.base_paths) == len(paths) else paths
 
 
 def bottleneck_config(adapter: Adapter) -> dict[str, Any]:
@@ -225,20 +209,4 @@ def lora_config(adapter: Adapter) -> dict[str, Any]:
         "merge_weights": False,
         "fan_in_fan_out": False,
         "enable_lora": FUSED if config.fused else None,
-    }
-
-
-def prefix_config(adapter: Adapter) -> dict[str, Any]:
-    config: Any = adapter.config
-    attention = [placement.branch.args for placement in adapter.placements if placement.kind == "attention"]  # type: ignore[attr-defined]
-    _, heads, dim = attention[0]
-    return {
-        "peft_type": "PREFIX_TUNING",
-        "num_virtual_tokens": config.tokens,
-        "token_dim": heads * dim,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": heads,
-        "num_layers": len(attention),
-        "encoder_hidden_size": heads * dim,
-        "prefix_projection": False,
     }

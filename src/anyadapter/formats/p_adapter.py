@@ -14,23 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyadapter.core.adapter import check_tensors
+from anyadapter.core.adapter import Adapter, AdapterConfig, check_tensors
 from anyadapter.core.attach import build
+from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError
 from anyadapter.core.host import Host
 from anyadapter.formats.files import finite
-from anyadapter.methods.language.p_adapter import PAdapter, PAdapterConfig
+
+METHOD = "p_adapter"
 
 
 def read_official(
     source: str | Path | Mapping[str, Tensor], host: Host, **settings: Any
-) -> tuple[PAdapterConfig, dict[str, Tensor]]:
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Settings and tensors of an official checkpoint, for ``attach(model, config).load_tensors(tensors)``.
 
     Args:
         source: a ``.ckpt`` file, or the tensors in it.
         host: the base.
-        settings: of :class:`PAdapterConfig`, as the adapter was trained: ``rewrite-lstm-mo``, ``-so`` and ``-somo`` have
+        settings: of ``PAdapterConfig``, as the adapter was trained: ``rewrite-lstm-mo``, ``-so`` and ``-somo`` have
             ``keep``; ``rewrite-lstm-ensemble`` has ``alpha``.
 
     Raises:
@@ -38,13 +40,19 @@ def read_official(
         ConfigError, TargetError: a setting is not known, or the host cannot be adapted so.
     """
     tensors = dict(source) if isinstance(source, Mapping) else read_checkpoint(Path(source))
-    config = PAdapterConfig.from_dict(settings)
+    config = config_from_dict({**settings, "method": METHOD})
     check_tensors(build(host, config, "trial").tensors(), tensors)
     return config, tensors
 
 
-def write_official(adapter: PAdapter) -> dict[str, Tensor]:
-    """The tensors as the authors name them; ``torch.save({"embedding": tensors}, path)`` makes a file of them."""
+def write_official(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors as the authors name them; ``torch.save({"embedding": tensors}, path)`` makes a file of them.
+
+    Raises:
+        ArtefactError: it is an adapter of another method.
+    """
+    if adapter.config.method != METHOD:
+        raise ArtefactError(f"A {type(adapter).__name__} does not fit the checkpoint of a P-Adapter.")
     return {name: tensor.detach().cpu().clone() for name, tensor in adapter.tensors().items()}
 
 
@@ -89,6 +97,9 @@ class Inert:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        return self
 
     def __setstate__(self, state: Any) -> None:
         pass

@@ -28,7 +28,7 @@ class DownUp(Branch):
         activation: a name in transformers' ``ACT2FN``.
         dropout: probability, on the input.
         scaling: s, or ``"learned"``, which starts at 1.
-        init: ``"bert"`` draws D and U from N(0, 0.02²); ``"zero"`` starts with U = 0, so that z = 0.
+        init: ``"zero"`` starts with U = 0, so that z = 0; ``"bert"`` draws D and U from N(0, 0.02²).
         bias: whether D and U have biases, which start at zero.
     """
 
@@ -41,7 +41,7 @@ class DownUp(Branch):
         activation: str = "tanh",
         dropout: float = 0.0,
         scaling: float | str = 1.0,
-        init: str = "bert",
+        init: str = "zero",
         bias: bool = False,
     ) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ def load_base(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if device is not None:
-        model.to(device)
+        model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 

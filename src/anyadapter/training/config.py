@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import SchedulerType
 
 from anyadapter.core.adapter import AdapterConfig, Settings
 from anyadapter.core.catalogue import config_from_dict
@@ -144,6 +145,8 @@ class TrainingSettings(Settings):
         for name in ("steps", "eval_every", "save_every", "early_stopping_patience"):
             self.require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or left out")
         self.require("warmup", self.warmup >= 0, "at least 0")
+        schedules = [schedule.value for schedule in SchedulerType]
+        self.require("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}")
         self.require("precision", self.precision in ("fp32", "bf16", "fp16"), "'fp32', 'bf16' or 'fp16'")
         self.require("device", self.device in ("auto", "cpu"), "'auto' or 'cpu'")
         self.require("stages", not (self.stages and self.fsdp), "left out under fsdp, which shards a model once")

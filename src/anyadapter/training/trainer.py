@@ -67,9 +67,11 @@ class AdapterTrainer(Trainer):
         self.adapter = get(host, adapter)
         self.adapter.train_only(*groups)
         check_trainable(host, self.adapter)
-        self.host, self.objective = host, objective
+        self.host: Host = host
+        self.objective: Objective | None = objective
         self.base, self.base_name = fingerprint(host), getattr(getattr(model, "config", None), "_name_or_path", None)
-        self.use_cache_before = getattr(getattr(model, "config", None), "use_cache", None)
+        self.use_cache_before = getattr(getattr(host.model, "config", None), "use_cache", None)
+        self.forward_before = host.model.__dict__.get("forward")
         if args.n_gpu > 1:
             # Replicas of torch's DataParallel would call the wrapped modules of the first device; torchrun uses them all.
             args._n_gpu = 1
@@ -123,7 +125,7 @@ class AdapterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint to exactly where an uninterrupted run would have come."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
+            found = last_checkpoint(str(self.args.output_dir))
             resume_from_checkpoint = str(found) if found else None
         self.model.train()
         try:
@@ -131,8 +133,16 @@ class AdapterTrainer(Trainer):
                 return self._take_up(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if self.use_cache_before is not None:
-                self.host.model.config.use_cache = self.use_cache_before  # type: ignore[union-attr]
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Undo what Trainer and accelerate change in the user's model: the cache setting, a forward under autocast."""
+        if self.use_cache_before is not None:
+            self.host.model.config.use_cache = self.use_cache_before  # type: ignore[union-attr]
+        for name in ("forward", "_original_forward"):
+            self.host.model.__dict__.pop(name, None)
+        if self.forward_before is not None:
+            self.host.model.forward = self.forward_before
 
     def _take_up(self, checkpoint: str) -> TrainOutput:
         """The end of a run that was cut off between its last step and its end."""
@@ -147,7 +157,7 @@ class AdapterTrainer(Trainer):
         if self.whole is not self.adapter:
             gather(self.adapter, self.whole)
         if self.args.should_save:
-            write(self.whole, output_dir or self.args.output_dir, self.base, self.base_name or None)
+            write(self.whole, output_dir or str(self.args.output_dir), self.base, self.base_name or None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.whole, resume_from_checkpoint)
@@ -270,9 +280,10 @@ def trainable_when_quantised(model: nn.Module) -> Iterator[None]:
             f"No gradient passes through this base's quantised weights ({getattr(method, 'quant_method', 'unknown kind')}); "
             "load it in bitsandbytes 4 or 8 bit, or unquantised."
         )
+    flagged: Any = model
     before = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = True
+    flagged._hf_peft_config_loaded = True
     try:
         yield
     finally:
-        model._hf_peft_config_loaded = before
+        flagged._hf_peft_config_loaded = before

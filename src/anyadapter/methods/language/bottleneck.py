@@ -1,7 +1,7 @@
 """Bottleneck adapters: down-projection, non-linearity, up-projection, in series with frozen modules or beside them.
 
 Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00052; He et al. 2022, arXiv 2110.04366; per linear
-as in LLM-Adapters, Hu et al. 2023, arXiv 2304.01933. The defaults are those of the LLM-Adapters code.
+as in LLM-Adapters, Hu et al. 2023, arXiv 2304.01933. The defaults are those of the LLM-Adapters code, but for the init.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class BottleneckConfig(AdapterConfig):
         activation: any name in transformers' ``ACT2FN``.
         dropout: probability, on the adapter's input.
         scaling: factor of z, or ``"learned"``: one parameter per site, from 1.
-        init: ``"bert"`` draws both projections from N(0, 0.02²), which is not quite the identity; ``"zero"`` starts with
-            the up-projection at zero, which is, exactly.
+        init: ``"zero"`` starts with the up-projection at zero, so that a fresh adapter changes nothing. ``"bert"``, the
+            default of LLM-Adapters and AdapterHub, draws both projections from N(0, 0.02²); on a real model of 30 layers
+            that moves logits by more than 1.
         bias: whether the projections have biases.
     """
 
@@ -77,7 +78,7 @@ class BottleneckConfig(AdapterConfig):
     activation: str = "tanh"
     dropout: float = 0.0
     scaling: float | str = 1.0
-    init: str = "bert"
+    init: str = "zero"
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class BottleneckConfig(AdapterConfig):
         self.require("activation", self.activation in ACT2FN, f"one of {', '.join(ACT2FN)}")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self.require("scaling", s == "learned" or number, "a finite number or 'learned'")
-        self.require("init", self.init in ("bert", "zero"), "'bert' or 'zero'")
+        self.require("init", self.init in ("zero", "bert"), "'zero' or 'bert'")
         if number:
             object.__setattr__(self, "scaling", float(s))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
-from anyadapter.core.host import Host, features, is_linear
+from anyadapter.core.host import Host, features
 from anyadapter.parts.whole import place_whole
 
 KEYS_AND_VALUES = ("self_attention.key", "self_attention.value", "cross_attention.key", "cross_attention.value")
@@ -52,9 +52,10 @@ class IA3(Adapter):
         outputs = config.outputs
         if outputs is None:
             outputs = tuple(role for role in KEYS_AND_VALUES + FUSED if host.has(role)) or KEYS_AND_VALUES[:2]
-        for targets, branch in ((outputs, ScaledOutput), (config.inputs, ScaledInput)):
-            for site in host.find(targets, layers=config.layers) if targets else ():
-                self.at(site, branch(site.module))
+        for site in host.find(outputs, exclude=config.inputs, layers=config.layers) if outputs else ():
+            self.at(site, ScaledOutput(site.module))
+        for site in host.find(config.inputs, layers=config.layers) if config.inputs else ():
+            self.at(site, ScaledInput(site.module))
 
 
 class ScaledOutput(Branch):

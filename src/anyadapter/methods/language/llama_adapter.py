@@ -88,11 +88,6 @@ class LlamaAdapter(Adapter):
         length = self.config.length
         return self.adapter_query.weight[None, index * length : (index + 1) * length]
 
-    def gates(self) -> list[Tensor]:
-        """The gate of every layer of the host, those that act on nothing first."""
-        idle: list[Tensor] = [] if self.idle_gates is None else list(self.idle_gates)
-        return [*idle, *(branch.gate for branch in self.branches.values())]  # type: ignore[list-item]
-
 
 class GatedPrefix(Branch):
     """call(q, k, v) + scale · act(g) · softmax(q p_kᵀ · scaling) p_v (equations 5 to 8 of the first paper).

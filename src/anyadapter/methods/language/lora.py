@@ -61,11 +61,14 @@ class LoRAConfig(AdapterConfig):
         """r of the module at ``path``."""
         return next((r for pattern, r in self.rank_pattern.items() if ends_with(path, pattern)), self.rank)
 
+    def alpha_of(self, path: str) -> float:
+        """alpha of the module at ``path``."""
+        return next((a for pattern, a in self.alpha_pattern.items() if ends_with(path, pattern)), self.alpha)
+
     def scaling_of(self, path: str) -> float:
         """alpha / r, or alpha / √r, of the module at ``path``."""
-        alpha = next((a for pattern, a in self.alpha_pattern.items() if ends_with(path, pattern)), self.alpha)
         rank = self.rank_of(path)
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 class LoRA(Adapter):

@@ -55,7 +55,8 @@ class PAdapter(Adapter):
     """E' = α E + (1 − α) (W BiLSTM(E) + b), at all tokens that are not kept.
 
     The LSTM has two layers and d / 2 units in each direction; names and shapes of the tensors are the authors'. It starts at
-    random: a fresh adapter does change the model.
+    random: a fresh adapter does change the model. The authors trained with the model's dropout on; to train without, call
+    ``model.eval()`` and then ``adapter.train()``, for an LSTM on a GPU learns in that mode only.
     """
 
     Config = PAdapterConfig
@@ -116,11 +117,11 @@ class PAdapter(Adapter):
 
     def encode(self, e: Tensor, attended: Tensor) -> Tensor:
         """W BiLSTM(E) + b over the attended tokens of each row, wherever its padding is: (batch, tokens, d) → the same."""
-        first = attended.long().argsort(dim=1, descending=True, stable=True)[..., None].expand_as(e)
+        order = attended.long().argsort(dim=1, descending=True, stable=True)[..., None]
         lengths = attended.sum(dim=1).clamp(min=1).cpu()  # packing takes neither empty rows nor lengths on a GPU
-        packed = pack_padded_sequence(e.gather(1, first), lengths, batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(e.take_along_dim(order, 1), lengths, batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.lstm_head(packed)[0], batch_first=True, total_length=e.shape[1])
-        return torch.zeros_like(e).scatter(1, first, self.mlp_head(hidden))
+        return self.mlp_head(hidden).take_along_dim(order.argsort(dim=1), 1)
 
     def like(self, ids: Tensor, mask: Tensor, name: str) -> Tensor:
         """A mask over the tokens, as booleans. Raises :class:`SignalError` when it is of another shape."""

@@ -133,8 +133,12 @@ class Prefix(Adapter):
             ConfigError: another number of tokens, or the prefix is made by a network.
         """
         if not isinstance(self.prompt, Prompt):
-            raise ConfigError("A projected prefix cannot imitate tokens; train it without projection, or fold it first.")
-        self.config.require("tokens", tokens.shape == (self.config.tokens,), f"{tuple(tokens.shape)}, as the tokens given")
+            raise ConfigError(
+                "A projected prefix cannot imitate tokens; train it without projection, or fold it first."
+            )
+        self.config.require(
+            "tokens", tokens.shape == (self.config.tokens,), f"{tuple(tokens.shape)}, as the tokens given"
+        )
         training, self.recorded = model.training, {}
         try:
             model.eval()(input_ids=tokens[None].to(device_of(model)))

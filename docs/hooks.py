@@ -1,0 +1,22 @@
+"""Puts the catalogue, as the code has it, where a page says ``{{ catalogue }}``."""
+
+from typing import Any
+
+from anyadapter.core.catalogue import SYSTEMS
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for each page."""
+    if "{{ catalogue }}" not in markdown:
+        return markdown
+    rows = [
+        "| system | modality | status | methods | supports | tested hosts | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for system in SYSTEMS:
+        supports = "; ".join(f"{name}: {', '.join(can) or 'attach'}" for name, can in system.supports.items())
+        methods, hosts = ", ".join(f"`{m}`" for m in system.methods), ", ".join(system.hosts)
+        rows.append(
+            f"| {system.system} | {system.modality} | {system.status} | {methods} | {supports} | {hosts} | {system.note} |"
+        )
+    return markdown.replace("{{ catalogue }}", "\n".join(rows))
