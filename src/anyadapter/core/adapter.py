@@ -224,5 +224,5 @@ def escape(name: str) -> str:
 
 
 def unescape(name: str) -> str:
-    """A tensor's name in a module, as we write it: no prefix, plain dots."""
-    return name.removeprefix("branches./").replace("/", ".")
+    """The inverse of :func:`escape`, also for the name of a tensor in a branch: no prefix, plain dots."""
+    return name.removeprefix("branches.").removeprefix("/").replace("/", ".")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyadapter.core.adapter import Adapter, AdapterConfig
+from anyadapter.core.adapter import Adapter, AdapterConfig, unescape
 from anyadapter.core.catalogue import method_of
 from anyadapter.core.errors import AttachError, TargetError, near
 from anyadapter.core.host import CHILD, Host, device_of
@@ -58,9 +58,11 @@ def build(host: Host, config: AdapterConfig, name: str, dtype: torch.dtype | Non
         raise TargetError(f"{type(adapter).__name__} placed nothing in {host.describe()}.")
     base = next((p for p in host.model.parameters() if p.is_floating_point()), torch.empty(0))
     adapter.to(device_of(host.model), dtype or (base.dtype if base.dtype.itemsize >= 4 else torch.float32))
-    for placement in adapter.placements:
-        if isinstance(placement.branch, nn.Module):
-            placement.branch.to(device_of(host.modules[placement.path]))
+    for key, branch in adapter.branches.items():  # a base may lie on several devices
+        path = unescape(key)
+        while path and path not in host.modules:  # a part of a site: the site's path is in front
+            path = path.rpartition(".")[0]
+        branch.to(device_of(host.modules.get(path, host.model)))
     return adapter
 
 

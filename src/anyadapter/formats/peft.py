@@ -46,7 +46,7 @@ SETTINGS = {
 }
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # of LoRA; the others change the base as well
 
-# The end of a model's class, and PEFT's name of what it is for. PEFT trains the heads of all but the first as a whole.
+# The end of a model's class, and PEFT's name of what it is for. All but the first have a head, which PEFT always trains.
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -274,7 +274,7 @@ def misfit(adapter: Adapter) -> str | None:
         if not config.shift or len(set(shapes_of(adapter))) > 1:
             return "a prefix there takes positions, and its attentions are all of one shape"
         if task_of(adapter) is None:
-            return f"it does not say what a {adapter.base_class} is for"
+            return f"for a {adapter.base_class} it needs a head trained as a whole, whole=('classifier',) for one"
     return None
 
 
@@ -290,10 +290,10 @@ def shapes_of(adapter: Adapter) -> list[tuple[int, int]]:
 
 
 def task_of(adapter: Adapter) -> str | None:
-    """PEFT's name of what the base is for, unless PEFT would then take a head out of what is adapted."""
+    """PEFT's name of what the base is for; but where PEFT would look for a trained head, only if there is one."""
     task = next((task for end, task in TASKS.items() if adapter.base_class.endswith(end)), None)
-    touched = any(part in HEADS for path in adapted_by(adapter) for part in path.split("."))
-    return None if touched and task != "CAUSAL_LM" else task
+    headed = any(path.split(".")[-1] in HEADS for path in whole_of(adapter))
+    return task if task == "CAUSAL_LM" or headed else None
 
 
 def lora_config(adapter: Adapter) -> dict[str, Any]:

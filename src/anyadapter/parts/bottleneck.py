@@ -103,13 +103,11 @@ class InBlock(DownUp):
     so the next adapter of this kind finds f + z(x) as its f.
     """
 
-    def __init__(
-        self, block: nn.Module, reads: Literal["norm", "output", "residual"], width: int, **settings: Any
-    ) -> None:
+    def __init__(self, block: Any, reads: Literal["norm", "output", "residual"], width: int, **settings: Any) -> None:
         wide = widths(block)[1]
         super().__init__(wide, wide, width, **settings)
         self.reads = reads
-        self.norm = partial(block.LayerNorm)  # type: ignore[arg-type, operator]  # in a partial it is no child: it stays the host's
+        self.norm = partial(block.LayerNorm)  # not a child of ours: it stays the host's
         self.residual: Any = None
 
     def forward(self, call: Callable[..., Any], hidden_states: Tensor, input_tensor: Tensor) -> Tensor:

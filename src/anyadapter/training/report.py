@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             earlier = [line for line in read_log(self.path) if line["stage"] < self.stage]
             lines = [*earlier, *(line for log in state.log_history if (line := self.line(log)))]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and (line := self.line(state.log_history[-1])):
@@ -48,6 +49,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 class ProgressBar(TrainerCallback):

@@ -32,7 +32,7 @@ from anyadapter.formats.native import restore
 from anyadapter.training.base import load_base
 from anyadapter.training.config import RunConfig, TrainingSettings, read_config
 from anyadapter.training.data import Collator, Row, read_rows, split, tokenise
-from anyadapter.training.report import LogFile, ProgressBar, plot, read_log
+from anyadapter.training.report import LogFile, ProgressBar, plot, read_log, write_text
 from anyadapter.training.trainer import AdapterTrainer, last_checkpoint
 
 CONFIG, VERSIONS, LOG, METRICS, PLOT = "config.yaml", "versions.json", "log.jsonl", "metrics.json", "loss.png"
@@ -129,14 +129,15 @@ def open_folder(folder: Path, config: RunConfig, overwrite: bool, writes: bool) 
     Raises:
         ConfigError: the folder holds another run, or something that is none.
     """
-    if overwrite and writes:
+    is_run = (folder / VERSIONS).is_file()
+    if overwrite and is_run and writes:
         for name in OWN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     wanted, data = config.to_dict(), digests(config)
     if (folder / CONFIG).is_file():
         found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        if found != wanted:
+        if {**found, "output": None} != {**wanted, "output": None}:  # the folder may have been moved
             raise ConfigError(
                 f"{folder} holds a run with other settings: {differences(found, wanted)}. Choose another output folder, or "
                 "overwrite it."
@@ -152,7 +153,7 @@ def open_folder(folder: Path, config: RunConfig, overwrite: bool, writes: bool) 
                 )
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
             return RunResult(folder, metrics, was_finished=True)
-    elif folder.exists() and any(folder.iterdir()):
+    elif not is_run and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run; choose another output folder.")
     elif writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,13 +192,6 @@ def versions() -> dict[str, Any]:
         "device": device,
         "processes": processes,
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 # ---------------------------------------------------------------------- data

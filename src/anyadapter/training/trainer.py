@@ -148,9 +148,21 @@ class AdapterTrainer(Trainer):
         """The end of a run that was cut off between its last step and its end."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        self._find_best()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        started = super()._init_training_state(*args, **kwargs)
+        self._find_best()
+        return started
+
+    def _find_best(self) -> None:
+        """The best checkpoint lies beside the others, also where the folder was moved since."""
+        found = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        if found.is_dir():
+            self.state.best_model_checkpoint = str(found)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, as :func:`anyadapter.save_pretrained` does; the base is never written."""

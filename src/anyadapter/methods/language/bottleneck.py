@@ -64,7 +64,7 @@ class BottleneckConfig(AdapterConfig):
         scaling: factor of z, or ``"learned"``: one parameter per site, from 1.
         init: ``"zero"`` starts with the up-projection at zero, so that a fresh adapter changes nothing. ``"bert"``, the
             default of LLM-Adapters and AdapterHub, draws both projections from N(0, 0.02²); on a real model of 30 layers
-            that moves logits by more than 1.
+            that moves some logits by 10 before any training.
         bias: whether the projections have biases.
     """
 

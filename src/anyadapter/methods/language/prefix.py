@@ -3,7 +3,8 @@
 Li and Liang 2021, arXiv 2101.00190; one of the four families of LLM-Adapters (Hu et al. 2023, arXiv 2304.01933).
 
 The prefix is what the key-value cache would hold after n tokens had been read, so the sequence itself starts at position
-n. It is put in front anew at each call and never enters the cache.
+n. It is put in front anew at each call and never enters the cache; in a layer whose attention is a sliding window it stays
+in view, where PEFT's, being in the cache, slides out.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class PrefixConfig(AdapterConfig):
         tokens: length n of the prefix.
         projection: inner width of the two-layer network that makes the prefix while it is trained (section 4.3 of the
             paper); without it, the prefix itself is trained. :meth:`Prefix.fold` drops the network afterwards.
-        init: standard deviation of the random start (of the network's input, with ``projection``); 1 in the authors'
-            code. :meth:`Prefix.imitate` starts from real tokens instead.
+        init: standard deviation of the random start (with ``projection``, of the network's input). By default 0.02, and 1
+            with ``projection``; the official code has 1 in both, which harms a pretrained model more at the start.
+            :meth:`Prefix.imitate` starts from real tokens instead.
         targets: attention modules to put it in front of. In an encoder-decoder, ``"decoder:self_attention"``,
             ``"encoder:self_attention"`` and ``"cross_attention"`` select one of its three kinds.
         layers: indices of the layers that get one; all by default, negative from the last.
@@ -50,7 +52,7 @@ class PrefixConfig(AdapterConfig):
     method: ClassVar[str] = "prefix"
     tokens: int = 10
     projection: int | None = None
-    init: float = 1.0
+    init: float | None = None
     targets: Targets = "self_attention"
     layers: tuple[int, ...] | None = None
     whole: Targets = ()
@@ -59,7 +61,7 @@ class PrefixConfig(AdapterConfig):
     def __post_init__(self) -> None:
         self.require("tokens", isinstance(self.tokens, int) and self.tokens >= 1, "a positive integer")
         self.require("projection", self.projection is None or self.projection >= 1, "a positive integer or None")
-        self.require("init", math.isfinite(self.init) and self.init >= 0, "at least 0")
+        self.require("init", self.init is None or 0 <= self.init < math.inf, "at least 0, or None")
 
 
 class Prefix(Adapter):
@@ -77,9 +79,11 @@ class Prefix(Adapter):
             self.at(site, partial(self.core, width, heads, dim))
             width += 2 * heads * dim
         if config.projection is None:
-            self.prompt: Prompt | ProjectedPrompt = Prompt(config.tokens, width, config.init)
+            std = 0.02 if config.init is None else config.init
+            self.prompt: Prompt | ProjectedPrompt = Prompt(config.tokens, width, std)
         else:
-            self.prompt = ProjectedPrompt(config.tokens, heads * dim, config.projection, width, config.init)
+            std = 1.0 if config.init is None else config.init
+            self.prompt = ProjectedPrompt(config.tokens, heads * dim, config.projection, width, std)
         self.recorded: dict[int, Tensor] | None = None
         if config.shift and host.has("position"):
             two_stacks = getattr(getattr(host.model, "config", None), "is_encoder_decoder", False)
@@ -137,7 +141,7 @@ class Prefix(Adapter):
                 "A projected prefix cannot imitate tokens; train it without projection, or fold it first."
             )
         self.config.require(
-            "tokens", tokens.shape == (self.config.tokens,), f"{tuple(tokens.shape)}, as the tokens given"
+            "tokens", tokens.shape == (self.config.tokens,), f"{tokens.numel()}, as many as are given"
         )
         training, self.recorded = model.training, {}
         try:
