@@ -1,5 +1,9 @@
-"""Puts the catalogue, as the code has it, where a page says ``{{ catalogue }}``."""
+"""Puts the catalogue, as the code has it, where a page says ``{{ catalogue }}``, and an example's table and plot, as it left
+them in ``results``, where one says ``{{ example NAME }}``.
+"""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from anyadapter.core.catalogue import SYSTEMS
@@ -7,6 +11,7 @@ from anyadapter.core.catalogue import SYSTEMS
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
+    markdown = re.sub(r"\{\{ example (\w+) \}\}", lambda found: example(found[1]), markdown)
     if "{{ catalogue }}" not in markdown:
         return markdown
     rows = [
@@ -20,3 +25,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
             f"| {system.system} | {system.modality} | {system.status} | {methods} | {supports} | {hosts} | {system.note} |"
         )
     return markdown.replace("{{ catalogue }}", "\n".join(rows))
+
+
+def example(name: str) -> str:
+    """The table and the plot of an example. A missing one fails the build."""
+    folder = Path(__file__).parent / "results"
+    return f"{(folder / f'{name}.md').read_text()}\n![{name}](../results/{name}.png)\n"

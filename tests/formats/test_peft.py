@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def settings_in(folder: Path) -> dict:
 
 def saved_by_peft(name: str, config: peft.PeftConfig, folder: Path, adapter_name: str = "default") -> Tensor:
     """A folder that PEFT wrote, and what the model with that adapter gives."""
-    model = peft.get_peft_model(case(name).build(), config, adapter_name=adapter_name)
+    model = peft.get_peft_model(case(name).build(), copy.deepcopy(config), adapter_name=adapter_name)
     randomise(model.parameters(), 0.3)
     model.save_pretrained(folder)
     return run(name, model)
@@ -64,7 +65,7 @@ def change(folder: Path, **settings) -> None:
 def test_peft_reads_what_we_write_for_a_real_model(config, smollm: nn.Module, smollm_tokenizer, tmp_path) -> None:
     inputs = smollm_tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
     adapter = aa.attach(smollm, config)
-    randomise(adapter.parameters())
+    randomise(adapter.parameters(), 0.02)
     with torch.no_grad():
         mine = smollm(**inputs).logits
         generated = smollm.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -72,12 +73,15 @@ def test_peft_reads_what_we_write_for_a_real_model(config, smollm: nn.Module, sm
     aa.detach(smollm)
 
     theirs = peft.PeftModel.from_pretrained(smollm, tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(**inputs).logits, mine, atol=1e-5, rtol=1e-5)
-        assert torch.equal(theirs.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
-    theirs.save_pretrained(tmp_path / "theirs")
-    if not isinstance(config, aa.PrefixConfig):
-        theirs.unload()
+    try:
+        with torch.no_grad():
+            # a few units in the last place of the largest logit: the two round a scaled update differently
+            torch.testing.assert_close(theirs(**inputs).logits, mine, atol=3e-6 * mine.abs().max().item(), rtol=0)
+            assert torch.equal(theirs.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+        theirs.save_pretrained(tmp_path / "theirs")
+    finally:
+        if not isinstance(config, aa.PrefixConfig):
+            theirs.unload()
 
     aa.load(smollm, tmp_path / "theirs")
     with torch.no_grad():
@@ -118,7 +122,9 @@ def test_every_way_to_say_which_modules_lora_updates(settings: dict, tmp_path) -
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "gpt_neo", "opt", "bloom", "qwen3", "gemma3", "bert", "t5", "bart"])
-@pytest.mark.parametrize("config", [peft.LoraConfig(target_modules="all-linear"), peft.IA3Config()], ids=["lora", "ia3"])
+@pytest.mark.parametrize(
+    "config", [peft.LoraConfig(target_modules="all-linear"), peft.IA3Config()], ids=["lora", "ia3"]
+)
 def test_every_family_goes_there_and_back(name: str, config: peft.PeftConfig, tmp_path) -> None:
     expected = saved_by_peft(name, config, tmp_path)
     model = case(name).build()
@@ -172,7 +178,7 @@ def classifier(family: str) -> nn.Module:
 def test_a_classifier_travels_with_its_head(family: str, config: peft.PeftConfig, tmp_path) -> None:
     ids = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    theirs = peft.get_peft_model(classifier(family), config)
+    theirs = peft.get_peft_model(classifier(family), copy.deepcopy(config))
     randomise(theirs.parameters(), 0.3)
     expected = theirs.eval()(**inputs).logits
     theirs.save_pretrained(tmp_path)
@@ -303,13 +309,16 @@ def test_a_new_setting_of_a_newer_peft_that_is_off_is_no_obstacle(value, folder:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_tomorrows_lora": True}, r"use_tomorrows_lora = True .* pip install -U anyadapter"),
+        ({"use_tomorrows_lora": True}, r"use_tomorrows_lora = True .*pip install -U anyadapter"),
         ({"use_dora": True}, "use_dora = True .* merge_and_unload"),
         ({"target_parameters": ["experts.weight"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"r": 8}, r"q_proj.lora_A.weight is of rank 4; the configuration says \[8\]"),
+        ({"r": "4"}, "r is '4'"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .* dict"),
+        ({"modules_to_save": "score"}, "modules_to_save is 'score'"),
         ({"alpha_pattern": {"(a+)+$": 3}}, r"regular expression '\(a\+\)\+\$', which is not run"),
         ({"peft_type": "LOHA"}, "of no layout we read .*LOHA"),
     ],

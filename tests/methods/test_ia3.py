@@ -91,9 +91,13 @@ def test_the_formula(width: tuple[int, int], strength: float, outward: bool, bia
     vector = torch.randn(width[1] if outward else width[0])
     adapter.load_tensors({"0.ia3_l": vector[:, None] if outward else vector[None]})
     adapter.scale = strength
-    x, l = torch.randn(3, width[0]), 1 + strength * (vector - 1)
+    x, factor = torch.randn(3, width[0]), 1 + strength * (vector - 1)
     linear = model[0]
-    expected = F.linear(x, linear.weight, linear.bias) * l if outward else F.linear(x * l, linear.weight, linear.bias)
+    expected = (
+        F.linear(x, linear.weight, linear.bias) * factor
+        if outward
+        else F.linear(x * factor, linear.weight, linear.bias)
+    )
     torch.testing.assert_close(model(x), expected)
     aa.merge(model)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)

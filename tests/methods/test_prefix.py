@@ -76,9 +76,7 @@ def test_a_prefix_that_imitates_tokens_is_these_tokens(name: str) -> None:
     adapter.imitate(model, ids[0, :2])
     with aa.disabled(model), torch.no_grad():
         whole = model(input_ids=ids).logits[:, 2:]
-    torch.testing.assert_close(
-        run(name, model, {"input_ids": ids[:, 2:]}), whole, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(run(name, model, {"input_ids": ids[:, 2:]}), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prefix_imitates_a_real_instruction(smollm: nn.Module, smollm_tokenizer) -> None:
@@ -97,9 +95,7 @@ def test_a_prefix_imitates_a_real_instruction(smollm: nn.Module, smollm_tokenize
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generation_with_a_cache_is_the_full_forward(name: str) -> None:
     model, _, inputs = attach(name)
-    out = model.generate(
-        **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
     full = run(name, model, {"input_ids": out.sequences})[:, inputs["input_ids"].shape[1] - 1 : -1]
     torch.testing.assert_close(torch.stack(out.logits, 1), full, atol=1e-5, rtol=1e-5)
 
@@ -111,9 +107,7 @@ def test_generation_with_a_cache_is_the_full_forward(name: str) -> None:
 def test_encoder_decoders_generate_as_they_compute(name: str, targets: str) -> None:
     model, adapter, inputs = attach(name, targets=targets)
     encoded = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-    out = model.generate(
-        **encoded, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
+    out = model.generate(**encoded, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
     full = run(name, model, {**encoded, "decoder_input_ids": out.sequences})[:, :-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), full, atol=1e-5, rtol=1e-5)
     model(**inputs).logits.sum().backward()
@@ -146,7 +140,9 @@ def test_disabled_is_the_base_and_rows_do_not_mix(name: str) -> None:
     torch.testing.assert_close(alone, with_prefix[:1], atol=1e-5, rtol=1e-5)
 
     family.output(model(**inputs)).sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["anyadapter.adapters./default.prompt.weight"]
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == [
+        "anyadapter.adapters./default.prompt.weight"
+    ]
     aa.detach(model)
     assert torch.equal(run(name, model, inputs), before)
 

@@ -41,6 +41,15 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
     assert str(caught.value).startswith(f"{path}:3: ")
 
 
+def test_all_bad_rows_are_told_at_once(tmp_path):
+    path = written(tmp_path, '{"text": "a"}\n{"text": ""}\n' * 9)
+    with pytest.raises(aa.DataError) as caught:
+        read_rows(path)
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:5]] == [f"{path}:{n}" for n in (2, 4, 6, 8, 10)]
+    assert lines[5:] == [f"… and 4 more rows of {path}"]
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [

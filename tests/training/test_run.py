@@ -201,10 +201,10 @@ def test_it_stops_when_the_evaluation_loss_no_longer_falls_and_goes_on_so_too(co
 
 
 def test_a_run_that_was_moved_goes_on_and_finds_its_best(config, interrupt, tmp_path):
-    config = changed(config, training={"learning_rate": 3.0, "steps": 8, "eval_every": 1, "save_every": 1})
+    config = changed(config, training={"learning_rate": 3.0, "steps": 10, "eval_every": 1, "save_every": 1})
     undisturbed = train({**config, "output": str(tmp_path / "undisturbed")}, progress=False)
-    assert undisturbed.metrics["best_step"] < 6
-    interrupt(7)
+    assert undisturbed.metrics["best_step"] < 8
+    interrupt(9)
     with pytest.raises(KeyboardInterrupt):
         train(config, progress=False)
     Path(config["output"]).rename(tmp_path / "moved")

@@ -44,6 +44,8 @@ SETTINGS = {
     "ia3": COMMON | TARGETS | {"feedforward_modules", "init_ia3_weights"},
     "prefix": COMMON | PREFIX,
 }
+TYPES: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float), "num_virtual_tokens": (int,)}
+TYPES |= {"rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,)}
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # of LoRA; the others change the base as well
 
 # The end of a model's class, and PEFT's name of what it is for. All but the first have a head, which PEFT always trains.
@@ -131,8 +133,12 @@ def shortest(paths: Iterable[str], all_paths: Iterable[str]) -> list[str]:
 
 
 def refuse_unknown(config: Mapping[str, Any], method: str) -> None:
-    """Raise an :class:`ArtefactError` for a setting that is switched on and that we do not know."""
+    """Raise an :class:`ArtefactError` for a setting that is switched on and that we do not know, or of a wrong type."""
     for key, value in config.items():
+        if value is not None and not isinstance(value, TYPES.get(key, object)):
+            raise ArtefactError(
+                f"{key} is {value!r}; it must be of type {' or '.join(t.__name__ for t in TYPES[key])}."
+            )
         if value and key not in SETTINGS[method]:
             raise ArtefactError(
                 f"{key} = {value!r} is a setting of PEFT's {KINDS[method]} that this version cannot honour. A newer "
@@ -192,14 +198,16 @@ def lora_settings(
             "save_pretrained(folder, path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it."
         )
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    known = {rank, *(config.get("rank_pattern") or {}).values()}
+    known = [rank, *(config.get("rank_pattern") or {}).values()]
     alphas = {literal(pattern): value for pattern, value in (config.get("alpha_pattern") or {}).items()}
-    ranks = {
-        path: tensors[f"{ROOTS['lora']}{path}{TAILS['lora'][0]}"].shape[0] for path in adapted_whole(tensors, adapted)
-    }
-    for path, found in ranks.items():
-        if found not in known:
-            raise ArtefactError(f"{path}.lora_A.weight is of rank {found}; the configuration says {sorted(known)}.")
+    ranks: dict[str, int] = {}
+    for path in adapted:
+        first = tensors.get(f"{ROOTS['lora']}{path}.lora_A.weight")
+        if first is None:
+            raise ArtefactError(f"The file has {path}.lora_B.weight and no {path}.lora_A.weight.")
+        ranks[path] = first.shape[0] if first.dim() else 0
+        if ranks[path] not in known:
+            raise ArtefactError(f"{path}.lora_A.weight is of rank {ranks[path]}; the configuration says {known}.")
     own = {path: next((a for end, a in alphas.items() if ends_with(path, end)), alpha) for path in adapted}
     return {
         "rank": rank,
@@ -210,14 +218,6 @@ def lora_settings(
         "alpha_pattern": {path: a for path, a in own.items() if a != alpha},
         "targets": targets(adapted, host),
     }
-
-
-def adapted_whole(tensors: Mapping[str, Tensor], adapted: list[str]) -> list[str]:
-    """The modules. Raises an :class:`ArtefactError` when one lacks its A."""
-    for path in adapted:
-        if f"{ROOTS['lora']}{path}{TAILS['lora'][0]}" not in tensors:
-            raise ArtefactError(f"The file has {path}.lora_B.weight and no {path}.lora_A.weight.")
-    return adapted
 
 
 def literal(pattern: str) -> str:

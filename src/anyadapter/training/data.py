@@ -27,6 +27,7 @@ from anyadapter.training.llm_adapters_protocol import train_prompt
 
 KINDS = (("instruction", "output"), ("prompt", "completion"), ("text",))
 ROLES = ("instruction", "input", "output", "prompt", "completion", "text", "answer")
+SHOWN = 5  # bad rows named in one message
 IGNORED = -100  # the label of a token that is not learnt
 EXPECTED = (
     'a row is {"instruction", "output"} with an optional "input", {"prompt", "completion"}, or {"text"}; name other columns by '
@@ -64,7 +65,15 @@ def read_rows(path: str | Path, fields: Mapping[str, str] | None = None) -> list
     for name in fields or {}:
         if name not in ROLES:
             raise ConfigError(f"data.fields has no {name!r}. {near(name, ROLES)}")
-    rows = [check(where, value, fields or {}) for where, value in read_objects(Path(path))]
+    rows, problems = [], []
+    for where, value in read_objects(Path(path)):
+        try:
+            rows.append(check(where, value, fields or {}))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"\n… and {len(problems) - SHOWN} more rows of {path}" if len(problems) > SHOWN else ""
+        raise DataError("\n".join(problems[:SHOWN]) + more)
     if not rows:
         raise DataError(f"{path} holds no rows; expected at least one: {EXPECTED}.")
     return rows

@@ -228,16 +228,10 @@ def training_arguments(settings: TrainingSettings, folder: Path, evaluates: bool
     s = settings
     best = s.keep_best and evaluates
     save_every = s.save_every or s.eval_every
-    patience = s.early_stopping_patience
-    if patience is not None and not evaluates:
+    if s.early_stopping_patience is not None and not evaluates:
         raise ConfigError("early_stopping_patience needs evaluation rows: give data.eval or data.eval_rows.")
-    if best and (s.save_every is None) != (s.eval_every is None) and s.save_every:
+    if best and s.save_every and not s.eval_every:
         raise ConfigError("With save_every, set eval_every too (save_every a multiple of it), or keep_best: false.")
-    checkpointing: dict[str, Any] = {}
-    if s.gradient_checkpointing:
-        new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing" if new else "gradient_checkpointing"
-        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=s.epochs,
@@ -270,8 +264,15 @@ def training_arguments(settings: TrainingSettings, folder: Path, evaluates: bool
         fsdp_config={"version": 2, **s.fsdp} if s.fsdp else None,
         remove_unused_columns=False,
         report_to=[],
-        **checkpointing,
+        **(gradient_checkpointing() if s.gradient_checkpointing else {}),
     )
+
+
+def gradient_checkpointing() -> dict[str, Any]:
+    """The arguments that turn it on; newer releases of transformers have renamed them."""
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def run_stages(

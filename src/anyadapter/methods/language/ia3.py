@@ -58,48 +58,46 @@ class IA3(Adapter):
             self.at(site, ScaledInput(site.module))
 
 
+def factor(branch: ScaledOutput | ScaledInput) -> Tensor:
+    """The vector at a branch's strength s, 1 + s (l − 1): (features,)."""
+    vector = branch.ia3_l.flatten()
+    return vector if branch.scale == 1 else 1 + branch.scale * (vector - 1)
+
+
 class ScaledOutput(Branch):
-    """y = l ⊙ call(x), with l of (out, 1). At another strength s, 1 + s (l − 1) stands for l."""
+    """y = l ⊙ call(x), with l of (out, 1)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(features(module)[1], 1))
 
-    @property
-    def factor(self) -> Tensor:
-        """(features,)."""
-        l = self.ia3_l.flatten()
-        return l if self.scale == 1 else 1 + self.scale * (l - 1)
-
     def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x: (…, in) → (…, out)."""
         out = call(x)
-        return (out * self.factor).to(out.dtype)
+        return (out * factor(self)).to(out.dtype)
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """(l − 1) ⊙ W, row by row."""
-        rows = self.factor.float() - 1
+        rows = factor(self).float() - 1
         return module.weight.float() * (rows[:, None] if isinstance(module, nn.Linear) else rows)  # type: ignore[operator]
 
     def bias_delta(self, module: nn.Module) -> Tensor | None:
         """(l − 1) ⊙ b."""
-        return None if module.bias is None else module.bias.float() * (self.factor.float() - 1)  # type: ignore[operator]
+        return None if module.bias is None else module.bias.float() * (factor(self).float() - 1)  # type: ignore[operator]
 
 
 class ScaledInput(Branch):
-    """y = call(l ⊙ x), with l of (1, in). At another strength s, 1 + s (l − 1) stands for l."""
+    """y = call(l ⊙ x), with l of (1, in)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(1, features(module)[0]))
 
-    factor = ScaledOutput.factor
-
     def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x: (…, in) → (…, out)."""
-        return call((x * self.factor).to(x.dtype))
+        return call((x * factor(self)).to(x.dtype))
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """(l − 1) ⊙ W, column by column."""
-        columns = self.factor.float() - 1
+        columns = factor(self).float() - 1
         return module.weight.float() * (columns if isinstance(module, nn.Linear) else columns[:, None])  # type: ignore[operator]

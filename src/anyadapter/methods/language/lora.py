@@ -55,7 +55,8 @@ class LoRAConfig(AdapterConfig):
         for name, ranks in (("rank", [self.rank]), ("rank_pattern", self.rank_pattern.values())):
             self.require(name, all(isinstance(rank, int) and rank >= 1 for rank in ranks), "a positive integer")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        self.require("alpha", math.isfinite(self.alpha), "finite")
+        for name, alphas in (("alpha", [self.alpha]), ("alpha_pattern", self.alpha_pattern.values())):
+            self.require(name, all(math.isfinite(alpha) for alpha in alphas), "finite")
 
     def rank_of(self, path: str) -> int:
         """r of the module at ``path``."""

@@ -140,9 +140,7 @@ class Prefix(Adapter):
             raise ConfigError(
                 "A projected prefix cannot imitate tokens; train it without projection, or fold it first."
             )
-        self.config.require(
-            "tokens", tokens.shape == (self.config.tokens,), f"{tokens.numel()}, as many as are given"
-        )
+        self.config.require("tokens", tokens.shape == (self.config.tokens,), f"{tokens.numel()}, as many as are given")
         training, self.recorded = model.training, {}
         try:
             model.eval()(input_ids=tokens[None].to(device_of(model)))
@@ -154,7 +152,7 @@ class Prefix(Adapter):
     def fold(self) -> None:
         """Keep the prefix that the network makes and drop the network: the same outputs, a smaller file."""
         whole = self.prompt.columns(0, None).detach()
-        self.prompt = Prompt(*whole.shape, 0.0).to(whole)
+        self.prompt = Prompt(whole.shape[0], whole.shape[1], 0.0).to(whole)
         self.prompt.weight.data.copy_(whole)
         self.config = dataclasses.replace(self.config, projection=None)
 
