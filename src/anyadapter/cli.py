@@ -64,9 +64,7 @@ def quickstart(
         typer.Option(help="JSONL with 'prompt' and 'completion'; by default a real task that ships along."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the report, plot and adapters go.")] = Path("quickstart"),
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps per adapter; by default the tuned budget.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps per adapter; by default the tuned budget.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and initialisation.")] = 0,
 ) -> None:
     """Train four adapters on one frozen model, compare them on held-out data, and leave a report.

