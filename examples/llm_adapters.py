@@ -53,11 +53,16 @@ def one_seed(model: Any, tokenizer: Any, seed: int, out: Path, data: Path | None
 
 def table(scores: list[dict[str, float]]) -> str:
     """Mean and range over the seeds, in Markdown."""
-    lines = ["| | " + " | ".join(f"seed {seed}" for seed in SEEDS[: len(scores)]) + " | mean |", "|---" * (len(scores) + 2) + "|"]
+    lines = [
+        "| | " + " | ".join(f"seed {seed}" for seed in SEEDS[: len(scores)]) + " | mean |",
+        "|---" * (len(scores) + 2) + "|",
+    ]
     for name in scores[0]:
         values = [s[name] for s in scores]
         title = quickstart.RECIPES[name].title if name in quickstart.RECIPES else "frozen base"
-        lines.append(f"| {title} | " + " | ".join(f"{v:.1%}" for v in values) + f" | **{statistics.mean(values):.1%}** |")
+        lines.append(
+            f"| {title} | " + " | ".join(f"{v:.1%}" for v in values) + f" | **{statistics.mean(values):.1%}** |"
+        )
     return "\n".join(lines)
 
 
@@ -69,7 +74,11 @@ def plot(scores: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     names = list(scores[0])
-    axes.bar(names, [statistics.mean(s[n] for s in scores) for n in names], color=["#b0b8c4", *["#3b6ea5"] * (len(names) - 1)])
+    axes.bar(
+        names,
+        [statistics.mean(s[n] for s in scores) for n in names],
+        color=["#b0b8c4", *["#3b6ea5"] * (len(names) - 1)],
+    )
     for position, name in enumerate(names):
         axes.plot([position] * len(scores), [s[name] for s in scores], "o", color="#222", markersize=4)
     axes.set(ylabel="exact answers", ylim=(0, 1.05))
@@ -84,7 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_base("smollm2")
     scores = [
-        one_seed(model, tokenizer, seed, arguments.out / f"seed-{seed}", arguments.data, arguments.limit) for seed in SEEDS
+        one_seed(model, tokenizer, seed, arguments.out / f"seed-{seed}", arguments.data, arguments.limit)
+        for seed in SEEDS
     ]
     (arguments.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     (arguments.out / "table.md").write_text(table(scores) + "\n")

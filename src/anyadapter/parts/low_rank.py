@@ -44,8 +44,12 @@ class LowRank(Branch):
         x = x.to(self.lora_A.weight.dtype)
         if self.dropout is not None:
             x = self.dropout(x)
-        delta = self.lora_B(self.lora_A(x)).to(out.dtype)
-        return torch.add(out, delta, alpha=self.scaling * self.scale)
+        hidden, strength = self.lora_A(x), self.scaling * self.scale
+        if isinstance(self.lora_B, nn.Conv2d) or hidden.dtype != out.dtype:
+            return torch.add(out, self.lora_B(hidden).to(out.dtype), alpha=strength)
+        # A product that adds into a copy of `out` saves a pass over it.
+        rows, columns = out.reshape(-1, out.shape[-1]), self.lora_B.weight.to(out.dtype).T
+        return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), columns, alpha=strength).view_as(out)
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """scale · scaling · B A, in fp32 and in the layout of ``module.weight``."""
