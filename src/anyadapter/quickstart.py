@@ -10,6 +10,7 @@ import importlib.util
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from anyadapter.methods.language.bottleneck import BottleneckConfig
 from anyadapter.methods.language.lora import LoRAConfig
 from anyadapter.methods.language.prefix import PrefixConfig
 from anyadapter.training.base import load_base
+from anyadapter.training.data import read_rows
 from anyadapter.training.evaluate import evaluate, read_records
 from anyadapter.training.run import train
 
@@ -95,7 +97,8 @@ def run(
 
     Args:
         base: folder or Hub id of the base, or ``"smollm2"``.
-        data: rows with ``prompt`` and ``completion`` (see :mod:`anyadapter.training.data`); the last fifth is held out.
+        data: rows with ``prompt`` and ``completion``, or ``instruction`` and ``output`` (see
+            :mod:`anyadapter.training.data`); the last fifth is held out.
         out: where everything goes.
         steps: per adapter; by default the tuned budget.
         seed: of the data, the initialisation and the order of training.
@@ -106,12 +109,13 @@ def run(
     """
     start = time.time()
     rows = split_rows(data, seed)
+    tokens = NEW_TOKENS if data is None else 32
     files = write_rows(out, *rows)
     console.print(f"Loading [bold]{base}[/] …")
     model, tokenizer = load_base(base, dtype="float32" if base == "smollm2" else None)
     records = read_records(files["test"])
     console.print(f"Asking the frozen base {len(records)} held-out questions …")
-    before = evaluate(model, tokenizer, records, max_new_tokens=NEW_TOKENS, batch=16, progress=True)
+    before = evaluate(model, tokenizer, records, max_new_tokens=tokens, batch=16, progress=True)
     console.print(f"  exact answers: [bold]{before.accuracy:.1%}[/]")
     results: dict[str, dict[str, Any]] = {}
     for name, recipe in RECIPES.items():
@@ -125,7 +129,7 @@ def run(
         )
         if result.was_finished:
             load(model, result.adapter)
-        after = evaluate(model, tokenizer, records, max_new_tokens=NEW_TOKENS, batch=16, progress=True)
+        after = evaluate(model, tokenizer, records, max_new_tokens=tokens, batch=16, progress=True)
         detach(model)
         console.print(f"  exact answers: [bold]{after.accuracy:.1%}[/]")
         results[name] = {
@@ -144,6 +148,7 @@ def run(
         "count": len(records),
         "train": len(rows[0]),
         "chance": chance,
+        "tokens": tokens,
         "results": results,
     }
     (out / "job.json").write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
@@ -160,7 +165,7 @@ def run_config(
     return {
         "base": base,
         "adapter": {"method": recipe.config.method, **recipe.config.to_dict()},
-        "data": {"train": str(files["train"]), "template": "plain", "max_length": 256},
+        "data": {"train": str(files["train"]), "max_length": 512},
         "training": {
             "steps": steps or recipe.steps,
             "batch_size": 5,
@@ -187,18 +192,18 @@ def prepare(adapter: Any, name: str, model: Any, tokenizer: Any) -> None:
 # ---------------------------------------------------------------------- data
 
 
-def split_rows(data: Path | None, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def split_rows(data: Path | None, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training rows, held-out rows) of the user's file, or of the text messages, half spam in both."""
     if data is None:
         return spam_rows(seed)
-    rows = [{"prompt": r["prompt"], "completion": str(r["answer"])} for r in read_records(data) if "prompt" in r]
+    rows = [dict(row.values) for row in read_rows(data)]
     if len(rows) < 10:
-        raise DataError(f"{data} has {len(rows)} rows with 'prompt' and 'completion'; the job needs at least 10.")
+        raise DataError(f"{data} has {len(rows)} rows; the job needs at least 10.")
     held_out = max(1, len(rows) // 5)
     return rows[:-held_out], rows[-held_out:][:TEST]
 
 
-def spam_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def spam_rows(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the SMS Spam Collection (Almeida et al. 2011), which travels inside a PyPI package.
 
     Raises:
@@ -231,7 +236,7 @@ def spam_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train_rows, test_rows
 
 
-def write_rows(out: Path, train_rows: list[dict[str, str]], test_rows: list[dict[str, str]]) -> dict[str, Path]:
+def write_rows(out: Path, train_rows: list[dict[str, Any]], test_rows: list[dict[str, Any]]) -> dict[str, Path]:
     """The two sets as files, which the printed commands name."""
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +256,7 @@ def check(out: Path) -> None:
     records = read_records(out / "data" / "test.jsonl")[:CHECKED]
     for name, result in job["results"].items():
         load(model, out / name / "adapter")
-        again = evaluate(model, tokenizer, records, max_new_tokens=NEW_TOKENS, batch=16)
+        again = evaluate(model, tokenizer, records, max_new_tokens=job["tokens"], batch=16)
         detach(model)
         if [answer["generated"] for answer in again.answers] != result["answers"]:
             raise SystemExit(f"{name}: the reloaded adapter answers differently.")
@@ -280,6 +285,9 @@ def report(out: Path, job: dict[str, Any], seconds: float) -> None:
     lines = ["|".join(("", *row, "")) for row in (head, ["---"] * len(head), *rows)]
     best = max(job["results"], key=lambda name: job["results"][name]["accuracy"])
     first = json.loads((out / "data" / "test.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    question = str(first.get("prompt", first.get("instruction")))
+    adapter = out / best / "adapter"
+    options = f"--base {job['base']} --adapter {adapter} --tokens {job['tokens']}"
     (out / "report.md").write_text(
         f"""# Four adapters on {job["base"]}
 
@@ -295,9 +303,9 @@ Everything took {seconds:.0f} seconds.
 ## Go on
 
 ```sh
-anyadapter inspect {out / best / "adapter"}
-anyadapter eval {out / "data" / "test.jsonl"} --base {job["base"]} --adapter {out / best / "adapter"} --tokens {NEW_TOKENS}
-anyadapter generate {json.dumps(first["prompt"])} --base {job["base"]} --adapter {out / best / "adapter"} --tokens {NEW_TOKENS}
+anyadapter inspect {adapter}
+anyadapter eval {out / "data" / "test.jsonl"} {options}
+anyadapter generate {shlex.quote(question)} {options}
 anyadapter train {out / best / "config.yaml"}   # says it is finished; edit `output` and the settings, and run it again
 anyadapter quickstart --data YOUR.jsonl --out mine
 ```

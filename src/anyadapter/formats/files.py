@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     read_header(path)
     try:
         tensors = load_file(path)
-    except Exception as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from None
     return finite(path, tensors)
 
@@ -156,6 +157,13 @@ def finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def umask() -> int:
+    """The process's mask of file permissions; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_folder(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
     """Write an artefact; at every moment the folder holds the old one or the new one.
 
@@ -178,11 +186,12 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: Mapping[str, Ten
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
             for name, write in files.items():
                 write(Path(scratch) / name)
+                os.chmod(Path(scratch) / name, 0o666 & ~umask())  # safetensors would keep it to the owner
                 with open(Path(scratch) / name, "rb+") as file:
                     os.fsync(file.fileno())
             for name in files:
                 if name == "README.md" and (folder / name).exists():
                     continue  # the user may have written their own
                 os.replace(Path(scratch) / name, folder / name)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         raise ArtefactError(f"Could not write {folder}: {error}. What was there before is unchanged.") from error

@@ -8,6 +8,7 @@ reads PEFT reads it; the rest has our tensor names, ``<module path>.<tensor>``. 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,17 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
         "bytes": size,
         "settings": ours.get("config", {k: v for k, v in config.items() if k != KEY}),
-        "targets": sorted({name.rsplit(".", 1)[0].removesuffix(".lora_A").removesuffix(".lora_B") for name in shapes}),
+        "targets": wrapped_modules(shapes),
     }
+
+
+def wrapped_modules(names: Iterable[str]) -> dict[str, int]:
+    """How many modules there are of each kind: their paths with ``*`` for the numbers of layers."""
+    paths = {name.removeprefix("base_model.model.").rsplit(".", 1)[0] for name in names if "." in name}
+    parts = ("lora_A", "lora_B", "adapter_down", "adapter_up")
+    paths = {path.rpartition(".")[0] if path.endswith(parts) else path for path in paths}
+    stars = [".".join("*" if part.isdigit() else part for part in path.split(".")) for path in paths]
+    return {star: stars.count(star) for star in sorted(set(stars))}
 
 
 def push_to_hub(
