@@ -275,6 +275,12 @@ def test_a_model_compiled_with_an_adapter_gives_the_same_result(name: str) -> No
     assert not torch.allclose(run(family, compiled), expected * 0)
 
 
+def test_extra_keys_are_refused_where_they_would_be_hidden() -> None:
+    keys = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(aa.TargetError, match="set_attn_implementation"):
+        prepend(keys, keys, keys, keys, keys, torch.ones(1, 2, dtype=torch.long), {})
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), rank=st.integers(1, 4), family=st.sampled_from(FAMILIES))
 def test_merge_is_the_same_function_and_unmerge_the_same_bytes(data: st.DataObject, rank: int, family: Case) -> None:

@@ -158,7 +158,9 @@ def merge(model: nn.Module, name: str = "default", *, unload: bool = False) -> N
         module: Any = host.modules[placement.path]
         branch: Any = placement.branch
         weight = module._parameters.get("weight")
-        if weight is None or not weight.is_floating_point():
+        if weight is None:
+            raise AttachError(f"{placement.path} ({type(module).__name__}) has no weight of its own to merge into.")
+        if not weight.is_floating_point():
             raise AttachError(f"{placement.path} holds a quantised weight; merging would change its answers.")
         if uses.count(id(weight)) > 1:
             raise AttachError(f"{placement.path}.weight is shared with another module, which merging would change too.")

@@ -101,7 +101,15 @@ def prepend(
     Returns:
         The new ``k``, ``v``, ``mask`` and ``options``. A causal core without a mask gets one, and a position bias is
         continued to the left: zero where it is learnt, the same slope where it is linear (ALiBi).
+
+    Raises:
+        TargetError: the mask is of an attention implementation that cannot take extra keys.
     """
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        raise TargetError(
+            "Extra keys in front need a mask of four dimensions, which flash and flex attention do not use; call "
+            "model.set_attn_implementation('sdpa')."
+        )
     n, queries, keys = prefix_k.shape[2], q.shape[2], k.shape[2]
     options = dict(options)
     if mask is None and options.get("is_causal") and queries > 1:
