@@ -121,7 +121,7 @@ SYSTEMS: tuple[System, ...] = (
         "llm-adapters",
         "LLM-Adapters",
         "language",
-        status="partial",
+        status="implemented",
         methods=("lora", "bottleneck", "prefix"),
         hosts=("llama", "bloom", "gptj", "opt", "gpt_neo"),
     ),
@@ -131,7 +131,7 @@ SYSTEMS: tuple[System, ...] = (
         "language",
         status="partial",
         methods=("llama_adapter",),
-        hosts=("llama",),
+        hosts=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt", "gptj", "gpt_neo"),
         note="the zero-init gated prefix of V1",
     ),
     System(
