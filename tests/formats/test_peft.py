@@ -75,8 +75,7 @@ def test_peft_reads_what_we_write_for_a_real_model(config, smollm: nn.Module, sm
     theirs = peft.PeftModel.from_pretrained(smollm, tmp_path)
     try:
         with torch.no_grad():
-            # a few units in the last place of the largest logit: the two round a scaled update differently
-            torch.testing.assert_close(theirs(**inputs).logits, mine, atol=3e-6 * mine.abs().max().item(), rtol=0)
+            torch.testing.assert_close(theirs(**inputs).logits, mine, atol=1e-5, rtol=0)
             assert torch.equal(theirs.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
         theirs.save_pretrained(tmp_path / "theirs")
     finally:

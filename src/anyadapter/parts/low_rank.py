@@ -45,9 +45,9 @@ class LowRank(Branch):
         if self.dropout is not None:
             x = self.dropout(x)
         hidden, strength = self.lora_A(x), self.scaling * self.scale
-        if isinstance(self.lora_B, nn.Conv2d) or hidden.dtype != out.dtype:
-            return torch.add(out, self.lora_B(hidden).to(out.dtype), alpha=strength)
-        # A product that adds into a copy of `out` saves a pass over it.
+        if isinstance(self.lora_B, nn.Conv2d) or hidden.dtype != out.dtype or not is_power_of_two(strength):
+            return (out + self.lora_B(hidden) * strength).to(out.dtype)
+        # The same numbers by a product that adds into a copy of `out`, which saves two passes over it.
         rows, columns = out.reshape(-1, out.shape[-1]), self.lora_B.weight.to(out.dtype).T
         return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), columns, alpha=strength).view_as(out)
 
@@ -60,3 +60,8 @@ class LowRank(Branch):
             delta = b @ a
             delta = delta if isinstance(module, nn.Linear) else delta.T
         return delta * (self.scaling * self.scale)
+
+
+def is_power_of_two(value: float) -> bool:
+    """Whether multiplying by it is exact, so that it can be done before or after rounding."""
+    return math.frexp(abs(value))[0] == 0.5
