@@ -24,7 +24,7 @@ from rich.table import Table
 
 from anyadapter.core.adapter import AdapterConfig
 from anyadapter.core.attach import detach
-from anyadapter.core.errors import DataError
+from anyadapter.core.errors import ConfigError, DataError
 from anyadapter.formats.files import TENSORS
 from anyadapter.formats.native import load
 from anyadapter.methods.language.bottleneck import BottleneckConfig
@@ -237,12 +237,20 @@ def spam_rows(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def write_rows(out: Path, train_rows: list[dict[str, Any]], test_rows: list[dict[str, Any]]) -> dict[str, Path]:
-    """The two sets as files, which the printed commands name."""
+    """The two sets as files, which the printed commands name.
+
+    Raises:
+        ConfigError: the folder holds other sets; nothing was changed.
+    """
     folder = out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     files = {"train": folder / "train.jsonl", "test": folder / "test.jsonl"}
-    for path, rows in zip(files.values(), (train_rows, test_rows)):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    contents = ["".join(json.dumps(row) + "\n" for row in rows) for rows in (train_rows, test_rows)]
+    for path, content in zip(files.values(), contents):
+        if path.exists() and path.read_text(encoding="utf-8") != content:
+            raise ConfigError(f"{out} holds a job on other data or of another seed; choose another folder with --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in zip(files.values(), contents):
+        path.write_text(content, encoding="utf-8")
     return files
 
 

@@ -298,3 +298,41 @@ def test_inspect_needs_no_model(saved: Path) -> None:
     assert facts["parameters"] == sum(t.numel() for t in load_file(saved / files.TENSORS).values())
     assert facts["bytes"] == (saved / files.TENSORS).stat().st_size
     assert facts["settings"]["rank"] == 2
+
+
+def test_a_repository_is_read_from_the_hubs_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, as a second load of a Hub repository is: the cache holds links into its blobs."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--somebody--tickets" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for name in (files.CONFIG, files.TENSORS):
+        (snapshot / name).symlink_to(saved / name)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    mine, theirs = model(), model()
+    aa.load(mine, saved)
+    aa.load(theirs, "somebody/tickets")
+    assert torch.equal(logits(mine), logits(theirs))
+    refused("somebody/others", aa.ArtefactError, "is no local folder, and the Hub did not give it")  # type: ignore[arg-type]
+
+
+def test_pushing_uploads_the_whole_artefact(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, Any] = {}
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return type("Repo", (), {"repo_id": repo_id, "__str__": lambda self: f"hub/{repo_id}"})()
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    m = model()
+    aa.attach(m, aa.LoRAConfig(rank=2))
+    assert aa.push_to_hub(m, "me/mine", token="secret") == "hub/me/mine"
+    assert uploaded == {"token": "secret", "me/mine": ["README.md", "adapter_config.json", "adapter_model.safetensors"]}
