@@ -15,7 +15,7 @@ from anyadapter.core.catalogue import method_of
 from anyadapter.core.errors import AttachError, TargetError, near
 from anyadapter.core.host import CHILD, Host, device_of
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter, and of a folder under a root
 
 
 def attach(
