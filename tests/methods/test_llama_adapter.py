@@ -308,7 +308,9 @@ def test_an_official_file_comes_back_byte_for_byte(tmp_path: Path, shape: tuple[
     official = {"adapter_query.weight": torch.randn(5, 16)}
     official |= {f"layers.{i}.attention.gate": torch.randn(shape) for i in range(2)}
     torch.save(official, tmp_path / "adapter.pth")
-    config, tensors = read_official(tmp_path / "adapter.pth", aa.Host.of(model), length=5)
+    with pytest.raises(aa.ArtefactError, match="allow_pickle=True"):
+        read_official(tmp_path / "adapter.pth", aa.Host.of(model), length=5)
+    config, tensors = read_official(tmp_path / "adapter.pth", aa.Host.of(model), length=5, allow_pickle=True)
     assert (config.last_layers, config.activation) == (1, "identity" if shape == (1,) else "tanh")
     adapter = aa.attach(model, config)
     adapter.load_tensors(tensors)

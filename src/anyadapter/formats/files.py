@@ -121,17 +121,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return finite(path, tensors)
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A legacy ``.bin``: plain tensors only, nothing in it is executed. Nested dictionaries become dotted names.
+def read_file(path: Path, allow_pickle: bool, part: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a single published file, safetensors or, only when asked for, a pickle (of which ``part`` is read).
+
+    Raises:
+        ArtefactError: it is a pickle and that was not allowed, or it is unsound.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if not allow_pickle:
+        raise ArtefactError(
+            f"{path} is a pickle, which can run code; if you trust its source, pass allow_pickle=True to read plain tensors "
+            "from it. The same weights are often published as .safetensors."
+        )
+    return read_pickle(path, part)
+
+
+def read_pickle(path: Path, part: str | None = None) -> dict[str, Tensor]:
+    """A legacy pickle: plain tensors only, nothing in it is executed. Nested dictionaries become dotted names.
+
+    Args:
+        part: read what is under this key, and nothing else of it.
 
     Raises:
         ArtefactError: it holds anything else.
     """
     try:
-        tensors = flat(torch.load(path, map_location="cpu", weights_only=True))
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = flat(whole if part is None else whole[part])
     except Exception as error:
         raise ArtefactError(
-            f"{path} holds more than tensors and was not loaded: {str(error).splitlines()[0]}"
+            f"{path} holds more than tensors and was not loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None
     return finite(path, tensors)
 

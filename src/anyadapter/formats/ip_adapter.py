@@ -17,7 +17,7 @@ from torch import Tensor
 from anyadapter.core.adapter import check_tensors
 from anyadapter.core.errors import ArtefactError, BaseMismatchError
 from anyadapter.core.host import Host, features
-from anyadapter.formats.files import read_pickle, read_tensors
+from anyadapter.formats.files import read_file
 from anyadapter.methods.image.ip_adapter import IPAdapter, IPAdapterConfig
 
 PROJECTION = ("image_proj.proj.weight", "image_proj.proj.bias", "image_proj.norm.weight", "image_proj.norm.bias")
@@ -72,18 +72,6 @@ def official_names(paths: list[str]) -> dict[str, str]:
         for j, path in enumerate(paths)
         for kind in KINDS
     }
-
-
-def read_file(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors of a file by their flat names."""
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    if not allow_pickle:
-        raise ArtefactError(
-            f"{path} is a pickle, which can run code; if you trust its source, pass allow_pickle=True to read plain tensors "
-            "from it. The same weights are usually published as .safetensors."
-        )
-    return read_pickle(path)
 
 
 def check_variant(tensors: Mapping[str, Tensor]) -> None:

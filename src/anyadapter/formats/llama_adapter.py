@@ -18,7 +18,7 @@ from anyadapter.core.attach import build
 from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError
 from anyadapter.core.host import Host
-from anyadapter.formats.files import read_pickle
+from anyadapter.formats.files import read_file
 
 METHOD = "llama_adapter"
 QUERY, GATE = "adapter_query.weight", "layers.{}.attention.gate"
@@ -30,6 +30,7 @@ def read_official(
     *,
     length: int = 10,
     activation: Literal["tanh", "identity"] | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Settings and tensors of an official file, for ``attach(model, config).load_tensors(tensors)``.
 
@@ -39,12 +40,13 @@ def read_official(
         length: number K of prompts in a layer.
         activation: of the gate; by default tanh where there is one gate per head, as their training code has it, and
             none where there is one per layer, as their first release had it.
+        allow_pickle: read the ``.pth`` (plain tensors only).
 
     Raises:
         ArtefactError: a tensor is missing, not known or of the wrong shape.
         ConfigError, TargetError: the file has more layers than the host, or the host cannot be adapted so.
     """
-    tensors = dict(source) if isinstance(source, Mapping) else read_pickle(Path(source))
+    tensors = dict(source) if isinstance(source, Mapping) else read_file(Path(source), allow_pickle)
     gates = [tensor for name, tensor in tensors.items() if name.endswith(".attention.gate")]
     if QUERY not in tensors or not gates:
         raise ArtefactError(
