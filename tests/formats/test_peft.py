@@ -90,6 +90,16 @@ def test_peft_reads_what_we_write_for_a_real_model(config, smollm: nn.Module, sm
 # ------------------------------------------------------------------ what PEFT writes
 
 
+def check_there_and_back(name: str, expected: Tensor, folder: Path, rtol: float) -> None:
+    """We read what PEFT saved, and PEFT what we save of it, in ``folder / "ours"``: each gives the expected output."""
+    model = case(name).build()
+    aa.load(model, folder)
+    torch.testing.assert_close(run(name, model), expected, atol=1e-5, rtol=rtol)
+    aa.save_pretrained(model, folder / "ours")
+    again = peft.PeftModel.from_pretrained(case(name).build(), folder / "ours")
+    torch.testing.assert_close(run(name, again), expected, atol=1e-5, rtol=rtol)
+
+
 TARGETS = {
     "names": {"target_modules": ["q_proj", "down_proj"]},
     "paths": {"target_modules": ["model.layers.1.self_attn.v_proj"]},
@@ -108,13 +118,7 @@ TARGETS = {
 def test_every_way_to_say_which_modules_lora_updates(settings: dict, tmp_path) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **settings)
     expected = saved_by_peft("llama", config, tmp_path)
-    model = case("llama").build()
-    aa.load(model, tmp_path)
-    torch.testing.assert_close(run("llama", model), expected, atol=1e-5, rtol=1e-5)
-
-    aa.save_pretrained(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(case("llama").build(), tmp_path / "ours")
-    torch.testing.assert_close(run("llama", again), expected, atol=1e-5, rtol=1e-5)
+    check_there_and_back("llama", expected, tmp_path, rtol=1e-5)
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "ours"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
@@ -126,24 +130,14 @@ def test_every_way_to_say_which_modules_lora_updates(settings: dict, tmp_path) -
 )
 def test_every_family_goes_there_and_back(name: str, config: peft.PeftConfig, tmp_path) -> None:
     expected = saved_by_peft(name, config, tmp_path)
-    model = case(name).build()
-    aa.load(model, tmp_path)
-    torch.testing.assert_close(run(name, model), expected, atol=1e-5, rtol=1e-4)
-    aa.save_pretrained(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(case(name).build(), tmp_path / "ours")
-    torch.testing.assert_close(run(name, again), expected, atol=1e-5, rtol=1e-4)
+    check_there_and_back(name, expected, tmp_path, rtol=1e-4)
 
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_prefix_goes_there_and_back(projection: bool, tmp_path) -> None:
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=projection)
     expected = saved_by_peft("llama", config, tmp_path)
-    model = case("llama").build()
-    aa.load(model, tmp_path)
-    torch.testing.assert_close(run("llama", model), expected, atol=1e-5, rtol=1e-5)
-    aa.save_pretrained(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(case("llama").build(), tmp_path / "ours")
-    torch.testing.assert_close(run("llama", again), expected, atol=1e-5, rtol=1e-5)
+    check_there_and_back("llama", expected, tmp_path, rtol=1e-5)
 
 
 def test_convolutions(tmp_path) -> None:

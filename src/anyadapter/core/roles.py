@@ -12,10 +12,11 @@ sub-layer, T5 and BLOOM have no module that receives positions.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from anyadapter.core.errors import near
 
 Patterns = str | tuple[str, ...]
 
@@ -101,11 +102,9 @@ class Family:
             raise ValueError(f"names must be a non-empty tuple of model types or class names, got {self.names!r}")
         for role in self.roles:
             if role not in ROLES:
-                near = difflib.get_close_matches(role, ROLES, n=3)
-                hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
                 raise ValueError(
-                    f"unknown role {role!r} in the family {self.names[0]!r}; {hint}"
-                    f"to add a role, describe it first: ROLES[{role!r}] = 'what it is for'"
+                    f"unknown role {role!r} in the family {self.names[0]!r}. {near(role, ROLES)} "
+                    f"To add a role, describe it first: ROLES[{role!r}] = 'what it is for'"
                 )
 
 
