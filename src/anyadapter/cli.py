@@ -221,6 +221,125 @@ def convert(
         console.print(f"Saved {out} in the layout {to}.")
 
 
+@app.command()
+def serve(
+    base: Annotated[
+        str,
+        typer.Option(envvar="ANYADAPTER_BASE", help="Folder or Hub id of the model; 'smollm2' is the embedded one."),
+    ] = "smollm2",
+    adapters: Annotated[
+        Path | None, typer.Option(envvar="ANYADAPTER_ADAPTERS", help="Folder that holds the adapters' folders.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(envvar="ANYADAPTER_NAME", help="The base's name in requests; by default from --base.")
+    ] = None,
+    host: Annotated[str, typer.Option(envvar="ANYADAPTER_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar="ANYADAPTER_PORT", help="Port; 0 takes a free one.", min=0, max=65535)
+    ] = 8000,
+    dtype: Annotated[
+        str | None, typer.Option(envvar="ANYADAPTER_DTYPE", help="float32, bfloat16 or float16; by default the files'.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(envvar="ANYADAPTER_DEVICE", help="cpu, cuda …; by default CUDA where there is one.")
+    ] = None,
+    pool_tokens: Annotated[
+        int | None,
+        typer.Option(envvar="ANYADAPTER_POOL_TOKENS", help="Size of the pool in tokens, instead of --pool-gb."),
+    ] = None,
+    pool_gb: Annotated[
+        float, typer.Option(envvar="ANYADAPTER_POOL_GB", help="Memory for keys, values and adapters, in GiB.")
+    ] = 2.0,
+    max_running: Annotated[
+        int, typer.Option(envvar="ANYADAPTER_MAX_RUNNING", help="Most sequences computed at once.")
+    ] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(envvar="ANYADAPTER_MAX_WAITING", help="Most sequences in the queue; beyond, 429.")
+    ] = 1024,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            envvar="ANYADAPTER_MAX_CONTEXT", help="Tokens of prompt and output; by default the model's limit."
+        ),
+    ] = None,
+    max_rank: Annotated[int, typer.Option(envvar="ANYADAPTER_MAX_RANK", help="Largest rank of an adapter.")] = 512,
+    max_body: Annotated[int, typer.Option(envvar="ANYADAPTER_MAX_BODY", help="Bytes of a request.")] = 1 << 20,
+    max_tokens: Annotated[
+        int | None, typer.Option(envvar="ANYADAPTER_MAX_TOKENS", help="Most tokens a request may ask for.")
+    ] = None,
+    max_n: Annotated[int, typer.Option(envvar="ANYADAPTER_MAX_N", help="Most choices for a prompt.")] = 16,
+    policy: Annotated[
+        str, typer.Option(envvar="ANYADAPTER_POLICY", help="Who is next: fcfs, cluster, vtc (fair) or abort.")
+    ] = "fcfs",
+    first_token_seconds: Annotated[
+        float | None,
+        typer.Option(
+            envvar="ANYADAPTER_FIRST_TOKEN_SECONDS", help="Give up a request that has no token by then (503)."
+        ),
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(envvar="ANYADAPTER_DRAIN_SECONDS", help="Seconds for requests in hand after SIGTERM.")
+    ] = 30.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="ANYADAPTER_API_KEY", show_default=False, help="Key that all /v1 routes ask for."),
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="ANYADAPTER_ADMIN_KEY", show_default=False, help="Key for changing adapters."),
+    ] = None,
+    allow_adapter_updates: Annotated[
+        bool,
+        typer.Option(envvar="ANYADAPTER_ALLOW_ADAPTER_UPDATES", help="Load, replace and unload adapters over HTTP."),
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option(envvar="ANYADAPTER_INSECURE", help="Listen beyond this machine without a key.")
+    ] = False,
+) -> None:
+    """Serve a model and its adapters over OpenAI's HTTP API. Every option can be an environment variable.
+
+    Keys are safer there, as other users see a command line.
+
+    Example: `anyadapter serve --base smollm2 --adapters runs --policy vtc`
+    """
+    from anyadapter.serving.engine import EngineSettings
+    from anyadapter.serving.gate import ServerSettings
+    from anyadapter.serving.server import serve as run
+
+    with plain_errors():
+        engine = EngineSettings(
+            cells=pool_tokens,
+            pool_bytes=int(pool_gb * 2**30),
+            max_context=max_context,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_rank=max_rank,
+            policy=policy,
+            adapters=str(adapters) if adapters is not None else None,
+        )
+        server = ServerSettings(
+            model_name=name or (Path(base).resolve().name if Path(base).is_dir() else base),
+            api_key=api_key or None,
+            admin_key=admin_key or None,
+            allow_adapter_updates=allow_adapter_updates,
+            max_body=max_body,
+            max_tokens=max_tokens,
+            max_n=max_n,
+            first_token_seconds=first_token_seconds,
+        )
+        run(
+            base,
+            engine,
+            server,
+            host=host,
+            port=port,
+            dtype=dtype,
+            device=device,
+            drain_seconds=drain_seconds,
+            insecure=insecure,
+        )
+
+
 def with_adapter(folder: Path, base: str | None, allow_pickle: bool = False) -> tuple[Any, Any]:
     """The base of an adapter with the adapter loaded, and the tokenizer."""
     from anyadapter.core.errors import ArtefactError

@@ -38,6 +38,34 @@ class DataError(AnyAdapterError, ValueError):
     """A data file has a missing field, an empty row or an unreadable line."""
 
 
+class RequestError(AnyAdapterError, ValueError):
+    """A request to the engine is malformed or larger than the engine can ever hold.
+
+    Attributes:
+        param: the field at fault, in the request's own words, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownAdapterError(AnyAdapterError, LookupError):
+    """No adapter of that name is registered."""
+
+
+class BusyError(AnyAdapterError, RuntimeError):
+    """As many requests wait as may wait.
+
+    Attributes:
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 def near(name: str, known: Iterable[str], *, limit: int = 5) -> str:
     """A sentence that names what is close to ``name``, or all that exists when nothing is."""
     known = sorted(set(known))

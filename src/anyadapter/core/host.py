@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyadapter.core.adapter import Adapter, Targets, escape
+from anyadapter.core.adapter import Adapter, Placement, Targets, escape
 from anyadapter.core.attention import Port, port_of
 from anyadapter.core.errors import TargetError, near
 from anyadapter.core.roles import ROLES, Family, family_of
@@ -188,17 +188,21 @@ class Host:
         guests: Any = self.model._modules[CHILD]
         guests.adapters[escape(adapter.name)] = adapter
         for placement in adapter.placements:
-            module = self.modules[placement.path] if placement.path else self.model
-            patch = self.patches.get(placement.path) or self.patches.setdefault(placement.path, Patch(module))
-            if placement.kind == "attention":
-                if placement.path not in self.cores:
-                    port, chain = port_of(placement.path, module), Chain()
-                    port.install(patch, chain)
-                    self.cores[placement.path] = port, chain
-                chain = self.cores[placement.path][1]
-            else:
-                chain = patch.chain
-            chain.links.append(Link(adapter, placement.branch))
+            self.place(adapter, placement)
+
+    def place(self, adapter: Adapter, placement: Placement) -> None:
+        """Run one site through a guest."""
+        module = self.modules[placement.path] if placement.path else self.model
+        patch = self.patches.get(placement.path) or self.patches.setdefault(placement.path, Patch(module))
+        if placement.kind == "attention":
+            if placement.path not in self.cores:
+                port, chain = port_of(placement.path, module), Chain()
+                port.install(patch, chain)
+                self.cores[placement.path] = port, chain
+            chain = self.cores[placement.path][1]
+        else:
+            chain = patch.chain
+        chain.links.append(Link(adapter, placement.branch))
 
     def remove(self, adapter: Adapter) -> None:
         """Undo :meth:`install`; the last guest leaves nothing behind."""

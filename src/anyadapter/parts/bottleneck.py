@@ -47,7 +47,7 @@ class DownUp(Branch):
         super().__init__()
         self.adapter_down = nn.Linear(width_in, width, bias=bias)
         self.adapter_up = nn.Linear(width, width_out, bias=bias)
-        self.activation = ACT2FN[activation]
+        self.activation_name, self.activation = activation, ACT2FN[activation]
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         if init == "zero":
             nn.init.kaiming_uniform_(self.adapter_down.weight, a=math.sqrt(5))

@@ -1,0 +1,50 @@
+"""What one forward pass computes: the tokens of many requests, flat, and which cells of the pool each of them reads.
+
+A *segment* is a run of neighbouring tokens that read the same cells. All index tensors are int32 on the pool's device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of adapter matrices that tokens read at one site.
+
+    A row as wide as the site lies in ``chunks`` cells of W numbers, the last one filled up with zeros.
+
+    Attributes:
+        tokens: (S + 1,) bounds of the S segments among the T tokens of the pass, ascending from 0 to T.
+        rows: (S + 1,) bounds of their rows among all R rows; a segment without rows has no adapter here.
+        hidden: (S + 1,) bounds of their inner activations among all N = Σ tokens · rows, token by token.
+        cells: (R, chunks) the cells of each row.
+        scale: (R,) fp32 factor of each row's activation.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    hidden: Tensor
+    cells: Tensor
+    scale: Tensor
+    total: int  # N, known without asking the device
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The keys and values that tokens see: one segment a request.
+
+    Attributes:
+        tokens: (S + 1,) bounds of the S sequences among the T tokens of the pass.
+        starts: (S + 1,) bounds of their cells.
+        cells: (C,) the cells of each sequence in order, those of this pass's own tokens included. With n new tokens
+            and c cells, new token i sees the first c − n + i + 1.
+        longest: most cells of any sequence, and most new tokens of any, known without asking the device.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    cells: Tensor
+    longest: tuple[int, int]

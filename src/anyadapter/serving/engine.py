@@ -1,0 +1,515 @@
+"""The engine: one frozen model, its pool, and the loop that decides, computes and chooses, one forward pass a step.
+
+Sheng et al. 2023, S-LoRA, arXiv 2311.03285. The model is any causal language model of transformers whose family is
+registered; it is run through its own modules, on the tokens of all requests laid flat.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anyadapter.core.adapter import Settings
+from anyadapter.core.attach import check_name
+from anyadapter.core.errors import AnyAdapterError, RequestError, TargetError
+from anyadapter.core.host import Host, device_of
+from anyadapter.serving.batch import Sequences
+from anyadapter.serving.kernels import kernels_for
+from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds
+from anyadapter.serving.policies import policy_named
+from anyadapter.serving.pool import Pool
+from anyadapter.serving.request import Output, Request
+from anyadapter.serving.residents import Residents
+from anyadapter.serving.sampling import Sampler, choose
+from anyadapter.serving.scheduler import Limits, Scheduler
+from anyadapter.serving.store import AdapterStore, Registered
+from anyadapter.serving.text import TextStream
+
+logger = logging.getLogger(__name__)
+
+GUEST = "serving"  # the name under which the engine is attached to the model
+TOLERANCE = 0.02  # of the check at the start, relative to the spread of the logits
+AHEAD = 16  # adapters read ahead of need at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Settings):
+    """The engine's limits.
+
+    Attributes:
+        cells: size of the pool; a token takes one cell, an adapter of rank r on all linears a few tens of r. By default
+            what fits into ``pool_bytes``.
+        pool_bytes: memory for the pool where ``cells`` is not given.
+        max_context: most tokens of prompt and output together; by default the model's own limit.
+        max_running: most requests in one pass.
+        max_waiting: most requests in the queue; beyond that, submit raises BusyError.
+        step_tokens: most tokens of one pass: a token of each decoding request, and pieces of prompts.
+        max_rank: of an adapter.
+        policy: who is admitted next: ``"fcfs"``, ``"cluster"``, ``"vtc"``, ``"abort"``.
+        adapters: folder under which adapters are registered by name; None reads any folder.
+        keep: keep packed adapters in memory instead of reading their files again.
+        read_ahead: read the adapters of waiting requests in a thread, ahead of need.
+    """
+
+    cells: int | None = None
+    pool_bytes: int = 2 << 30
+    max_context: int | None = None
+    max_running: int = 64
+    max_waiting: int = 1024
+    step_tokens: int = 512
+    max_rank: int = 512
+    policy: str = "fcfs"
+    adapters: str | None = None
+    keep: bool = False
+    read_ahead: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_waiting", "step_tokens", "max_rank", "pool_bytes"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("step_tokens", self.step_tokens >= self.max_running, "at least max_running")
+        for name in ("cells", "max_context"):
+            self.require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A running request's place in the pool and what comes out of it.
+
+    Attributes:
+        cells: the prefix's, then its own, one for each token computed; the rest of the array is not yet taken.
+        used: how many cells are in use.
+        prefix: how many of them belong to the adapter.
+        shift: added to its positions.
+    """
+
+    request: Request
+    uses: Uses
+    cells: np.ndarray
+    used: int
+    prefix: int
+    shift: int
+    text: TextStream | None = None
+
+
+@dataclass
+class Counters:
+    """Totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Serves requests for one model and thousands of adapters. Not thread-safe: one thread owns it.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode; the engine is attached to it until ``close``.
+        tokenizer: its tokenizer; None gives outputs without text.
+        settings: limits.
+        clock: seconds; the requests' ``arrival`` and ``deadline`` are on it.
+
+    Raises:
+        AttachError: another engine is attached to the model.
+        TargetError: the model cannot be served: its family is not registered, its attention has parts the engine does not
+            know, or a first pass does not agree with the model's own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        settings: EngineSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.tokenizer, self.clock = model, tokenizer, clock
+        self.settings = settings = settings or EngineSettings()
+        self.host = Host.of(model)
+        check_name(self.host, GUEST)
+        check_model(model, self.host)
+        self.device, self.dtype = device_of(model), next(model.parameters()).dtype
+        config = model.config.get_text_config()
+        self.max_context = min(filter(None, [settings.max_context, getattr(config, "max_position_embeddings", None)]))
+        self.eos = end_tokens(model)
+        self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        reference = self.probe()
+        self.mixed = Mixed(MixedConfig(), self.host)
+        width = self.mixed.heads * self.mixed.dim
+        cell_bytes = self.mixed.layers * 2 * width * self.dtype.itemsize
+        cells = settings.cells or settings.pool_bytes // cell_bytes
+        self.pool = Pool(self.mixed.layers, cells, width, self.dtype, self.device)
+        self.mixed.connect(self.pool, kernels_for(self.device, self.dtype))
+        self.store = AdapterStore(
+            self.host,
+            self.mixed.layers,
+            width,
+            self.dtype,
+            root=settings.adapters,
+            max_rank=settings.max_rank,
+            max_cells=cells - 1,
+            keep=settings.keep,
+        )
+        self.residents = Residents(self.pool)
+        limits = Limits(
+            cells=cells,
+            max_running=settings.max_running,
+            batch_tokens=max(settings.step_tokens, self.max_context),
+            step_tokens=settings.step_tokens,
+            max_waiting=settings.max_waiting,
+        )
+        self.scheduler = Scheduler(limits, lambda id: self.held[id].cells, policy_named(settings.policy))
+        self.held: dict[str, Registered] = {}  # adapters of requests in hand, by identity
+        self.holders: dict[str, int] = {}
+        self.sequences: dict[str, Sequence] = {}
+        self.samplers: dict[str, Sampler] = {}
+        self.reader = ThreadPoolExecutor(1, "adapters") if settings.read_ahead else None
+        self.reading: dict[str, Future[Tensor]] = {}
+        self.counters = Counters()
+        self.mixed.name = GUEST
+        self.host.install(self.mixed)
+        try:
+            self.check(reference)
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ what users call
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never be served: empty, beyond the context or the pool, adapters that cannot be combined.
+            UnknownAdapterError: an adapter it names is not registered.
+            BusyError: too many wait.
+        """
+        if request.id in self.sequences or any(r.id == request.id for r in self.scheduler.waiting):
+            raise RequestError(f"A request {request.id!r} is in hand already.", "id")
+        if not request.prompt:
+            raise RequestError("The prompt is empty; give at least one token.", "prompt")
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if not all(0 <= token < vocabulary for token in request.prompt):
+            raise RequestError(f"A token of the prompt is not among the model's {vocabulary}.", "prompt")
+        if request.sampling.stop and self.tokenizer is None:
+            raise RequestError("Texts that stop the output need a tokenizer, which this engine was not given.", "stop")
+        found = [self.store.get(name) for name in request.adapters]
+        check_combination(found, list(request.adapters.values()))
+        total = (
+            len(request.prompt) + request.sampling.max_tokens + sum(r.packing.prefix for r in found if r.packing.shift)
+        )
+        if total > self.max_context:
+            raise RequestError(
+                f"The prompt has {len(request.prompt)} tokens and max_tokens is {request.sampling.max_tokens}; together "
+                f"they may be {self.max_context}.",
+                "max_tokens" if len(request.prompt) < self.max_context else "prompt",
+            )
+        request.held = tuple(registered.id for registered in found)
+        for registered in found:
+            self.held[registered.id] = registered
+            self.holders[registered.id] = self.holders.get(registered.id, 0) + 1
+        try:
+            self.scheduler.submit(request)
+        except AnyAdapterError:
+            self.drop(request.held)
+            raise
+        for registered in found:
+            self.mixed.cover(registered.packing)
+            self.read_ahead(registered)
+
+    def cancel(self, id: str) -> None:
+        """End a request now; its cells are free on return. An unknown id is ignored."""
+        request = self.scheduler.cancel(id)
+        if request is not None:
+            self.end(request, "cancel")
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Decide, compute one forward pass, choose tokens. Requests that fail end with an error; the others go on."""
+        plan = self.scheduler.plan(self.clock())
+        outputs = [self.end(request, "abort") for request in plan.aborted]
+        for request in plan.admitted:
+            if (failed := self.start(request)) is not None:
+                self.scheduler.finished([request])
+                outputs.append(failed)
+        pieces = [(self.sequences[r.id], n) for r, n in plan.prefill if r.id in self.sequences]
+        pieces += [(self.sequences[r.id], 1) for r in plan.decode if r.id in self.sequences]
+        if pieces:
+            # Neighbours with the same adapters share their reading of them.
+            pieces.sort(key=lambda piece: [(resident.id, weight) for resident, weight in piece[0].uses])
+            logits = self.forward(pieces)
+            rows = [row for row, (s, _) in enumerate(pieces) if s.request.computed == s.request.length]
+            outputs += self.advance(
+                [pieces[row][0] for row in rows], logits[rows] if len(rows) < len(pieces) else logits
+            )
+            self.counters.steps += 1
+        return outputs
+
+    def stats(self) -> dict[str, float]:
+        """What is going on, as numbers."""
+        return {
+            "waiting": len(self.scheduler.waiting),
+            "running": len(self.scheduler.running),
+            "cells": self.pool.cells,
+            "cells_free": self.pool.left,
+            "cells_adapters": self.residents.cells,
+            "cells_sequences": sum(s.used - s.prefix for s in self.sequences.values()),
+            "adapters": len(self.store.by_name),
+            "adapters_resident": len(self.residents.by_id),
+            "adapter_hits": self.residents.hits,
+            "adapter_misses": self.residents.misses,
+            "adapter_evictions": self.residents.evictions,
+            "steps": self.counters.steps,
+            "prompt_tokens": self.counters.prompt_tokens,
+            "output_tokens": self.counters.output_tokens,
+            **{f"finished_{reason}": n for reason, n in self.counters.finished.items()},
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that every cell has exactly one owner."""
+        owned = [r.cells for r in self.residents.by_id.values()]
+        owned += [s.cells[s.prefix : s.used] for s in self.sequences.values()]
+        cells = np.concatenate([np.flatnonzero(self.pool.free), *owned])
+        assert len(cells) == self.pool.cells == len(np.unique(cells)), "a cell was lost or has two owners"
+        assert self.pool.left == self.pool.free.sum(), "the count of free cells is wrong"
+        running = [id for s in self.sequences.values() for id in s.request.held]
+        assert dict(self.residents.users) == {id: running.count(id) for id in set(running)}, "users are miscounted"
+
+    def close(self) -> None:
+        """Take the engine off the model, which is then what it was."""
+        if self.reader is not None:
+            self.reader.shutdown(cancel_futures=True)
+        if self.host.adapters.get(GUEST) is self.mixed:
+            self.host.remove(self.mixed)
+
+    # ------------------------------------------------------------------ requests and their cells
+
+    def start(self, request: Request) -> Output | None:
+        """Give an admitted request its adapters; returns what to tell it when that fails."""
+        loaded: list[str] = []
+        try:
+            uses = []
+            for id, weight in zip(request.held, request.adapters.values()):
+                registered = self.held[id]
+                pack = partial(self.packed, registered)
+                resident = self.residents.load(id, registered.packing, registered.scale, pack)
+                self.residents.use([id])
+                loaded.append(id)
+                uses.append((resident, weight))
+        except (AnyAdapterError, torch.OutOfMemoryError) as error:
+            self.residents.leave(loaded)
+            return self.end(request, "error", str(error))
+        prefixed = [resident for resident, _ in uses if resident.packing.prefix]
+        prefix = np.concatenate([r.cells[: r.packing.prefix] for r in prefixed]) if prefixed else np.empty(0, np.int32)
+        cells = np.zeros(len(prefix) + len(request.prompt) + request.sampling.max_tokens, dtype=np.int32)
+        cells[: len(prefix)] = prefix
+        self.sequences[request.id] = Sequence(
+            request,
+            tuple(uses),
+            cells,
+            used=len(prefix),
+            prefix=len(prefix),
+            shift=sum(r.packing.prefix for r in prefixed if r.packing.shift),
+            text=TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None,
+        )
+        return None
+
+    def end(self, request: Request, reason: str, message: str = "", **what: Any) -> Output:
+        """Give back all that a request holds."""
+        request.finish = reason
+        sequence = self.sequences.pop(request.id, None)
+        self.samplers.pop(request.id, None)
+        if sequence is not None:
+            self.pool.release(sequence.cells[sequence.prefix : sequence.used])
+            self.residents.leave(request.held)
+        self.drop(request.held)
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        return Output(request.id, finish=reason, message=message, **what)
+
+    def drop(self, ids: Iterable[str]) -> None:
+        """A request in hand no longer needs these adapters."""
+        for id in ids:
+            self.holders[id] -= 1
+            if not self.holders[id]:
+                registered = self.held.pop(id)
+                del self.holders[id]
+                self.reading.pop(id, None)
+                if self.store.by_name.get(registered.name) is not registered and id in self.residents.by_id:
+                    self.residents.evict(id)  # unloaded or replaced meanwhile: nobody can ask for it again
+
+    def read_ahead(self, registered: Registered) -> None:
+        """Have a waiting request's adapter read from its file by the time it is admitted."""
+        id = registered.id
+        if self.reader is None or id in self.residents.by_id or id in self.reading or len(self.reading) >= AHEAD:
+            return
+        self.reading[id] = self.reader.submit(self.store.pack, registered)
+
+    def packed(self, registered: Registered) -> Tensor:
+        """An adapter's cells, read ahead or now."""
+        future = self.reading.pop(registered.id, None)
+        return future.result() if future is not None else self.store.pack(registered)
+
+    # ------------------------------------------------------------------ the pass
+
+    def forward(self, pieces: list[tuple[Sequence, int]]) -> Tensor:
+        """Compute the next n tokens of each sequence; the logits after each piece: (pieces, vocabulary)."""
+        tokens: list[int] = []
+        positions, slots, seen = [], [], []
+        for sequence, count in pieces:
+            request, start = sequence.request, sequence.request.computed
+            new = self.residents.alloc(count)
+            sequence.cells[sequence.used : sequence.used + count] = new
+            sequence.used += count
+            request.computed += count
+            known = len(request.prompt)
+            tokens += request.prompt[start : start + count] if start < known else [request.output[start - known]]
+            positions.append(np.arange(start, start + count) + sequence.shift)
+            slots.append(new)
+            seen.append(sequence.cells[: sequence.used])
+        counts = [count for _, count in pieces]
+        sequences = Sequences(
+            tokens=self.tensor(bounds(counts)),
+            starts=self.tensor(bounds([len(cells) for cells in seen])),
+            cells=self.tensor(np.concatenate(seen)),
+            longest=(max(len(cells) for cells in seen), max(counts)),
+        )
+        self.mixed.begin(
+            [(sequence.uses, count) for sequence, count in pieces],
+            sequences,
+            self.tensor(np.concatenate(slots).astype(np.int64)),
+        )
+        last = self.tensor(bounds(counts)[1:].astype(np.int64) - 1)
+        try:
+            return self.call(
+                self.tensor(np.array(tokens, dtype=np.int64)), self.tensor(np.concatenate(positions)), last
+            )
+        finally:
+            self.mixed.now = None
+
+    def call(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+        """Run the model on flat tokens: the logits at ``last``, (n, vocabulary)."""
+        # A mask of four dimensions is taken as it is: none is made, and our attention does not look at it.
+        mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
+        keep = {"logits_to_keep": last} if self.keeps_logits else {}
+        out = self.model(
+            input_ids=tokens[None], position_ids=positions[None], attention_mask=mask, use_cache=False, **keep
+        )
+        return out.logits[0] if self.keeps_logits else out.logits[0, last]
+
+    def advance(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
+        """Choose the next token of each sequence and end those that are done. Logits: (sequences, vocabulary)."""
+        if not sequences:
+            return []
+        outputs, ended = [], []
+        choices = choose(logits.float(), [s.request for s in sequences], self.samplers)
+        for sequence, choice in zip(sequences, choices):
+            request = sequence.request
+            if choice.token is None:
+                ended.append(request)
+                outputs.append(self.end(request, "error", "The model gave numbers that are not finite."))
+                continue
+            request.output.append(choice.token)
+            self.counters.output_tokens += 1
+            sampling = request.sampling
+            stops = choice.token in sampling.stop_token_ids or (choice.token in self.eos and not sampling.ignore_eos)
+            text, stopped = "", False
+            if sequence.text is not None and not stops:
+                text, stopped = sequence.text.push([choice.token])
+            reason = "stop" if stops or stopped else "length" if not request.remaining else None
+            if sequence.text is not None and reason and not stopped:
+                text += sequence.text.flush()
+            what: dict[str, Any] = {"tokens": (choice.token,), "text": text, "logprobs": choice.logprobs}
+            if reason:
+                ended.append(request)
+                outputs.append(self.end(request, reason, **what))
+            else:
+                outputs.append(Output(request.id, **what))
+        self.scheduler.finished(ended)
+        return outputs
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    # ------------------------------------------------------------------ the check at the start
+
+    @torch.inference_mode()
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """A few tokens and the model's own logits after them."""
+        generator = torch.Generator().manual_seed(0)
+        size = self.model.get_input_embeddings().weight.shape[0]
+        tokens = torch.randint(size, (min(12, self.max_context),), generator=generator).to(self.device)
+        return tokens, self.model(input_ids=tokens[None], use_cache=False).logits[0, -1].float()
+
+    @torch.inference_mode()
+    def check(self, reference: tuple[Tensor, Tensor]) -> None:
+        """Compare a pass over the pool, in two pieces, with the model's own."""
+        tokens, expected = reference
+        request = Request("check", tuple(tokens.tolist()))
+        sequence = Sequence(request, (), np.zeros(len(tokens), np.int32), 0, 0, 0)
+        cut = len(tokens) // 2
+        try:
+            for count in (cut, len(tokens) - cut):
+                logits = self.forward([(sequence, count)])
+        finally:
+            self.pool.release(sequence.cells[: sequence.used])
+        error = (logits[0].float() - expected).abs().max() / expected.std()
+        if not error < (TOLERANCE if self.dtype.itemsize >= 4 else 20 * TOLERANCE):
+            raise TargetError(
+                f"Run by the engine, {self.host.describe()} gives other logits than by itself (off by {error:.2g} of their "
+                "spread): its attention or positions work in a way the engine does not know."
+            )
+
+
+def check_model(model: Any, host: Host) -> None:
+    """Raise a :class:`TargetError` for what is known not to work on flat tokens."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in parameters or "attention_mask" not in parameters:
+        raise TargetError(f"{host.describe()} takes no position_ids; its positions cannot be told apart in one batch.")
+    config: Any = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise TargetError(
+            f"{host.describe()} has layers of {', '.join(sorted(kinds))}, which the engine does not know."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise TargetError(f"The rotary embedding {kind!r} depends on what else is in the batch; it cannot be served.")
+
+
+def check_combination(adapters: list[Registered], weights: list[float]) -> None:
+    """Raise a :class:`RequestError` unless these adapters can act together with these weights."""
+    for adapter, weight in zip(adapters, weights):
+        if not np.isfinite(weight) or abs(weight) > 100:
+            raise RequestError(f"The weight of {adapter.name!r} is {weight}; it must be from -100 to 100.", "adapters")
+        if len(adapters) > 1 and not adapter.packing.sums:
+            raise RequestError(f"{adapter.name!r} is no LoRA; only LoRAs can be combined in one request.", "adapters")
+        if weight != 1 and adapter.packing.prefix:
+            raise RequestError(
+                f"{adapter.name!r} is a prefix, which has no strength; its weight must be 1.", "adapters"
+            )
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The model's own ends of text."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
+    return frozenset()

@@ -1,0 +1,121 @@
+"""The kernels in plain torch, for any device and dtype: what the faster ones are compared with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyadapter.serving.batch import Rows, Sequences
+
+
+class Grouped:
+    """Segments of as many tokens and rows as one another share one batched product."""
+
+    def shrink(self, x: Tensor, pool: Tensor, rows: Rows) -> Tensor:
+        hidden = torch.empty(rows.total, dtype=torch.float32, device=x.device)
+        self.shrink_into(hidden, x, pool, rows)
+        return hidden
+
+    def shrink_into(self, hidden: Tensor, x: Tensor, pool: Tensor, rows: Rows, *, least: int = 1) -> None:
+        """Fill in the activations of the segments of ``least`` tokens and more."""
+        for token, row, at in groups(rows, least):
+            a = matrices(pool, rows.cells[row], x.shape[-1])
+            hidden[at] = (x[token].float() @ a.mT).flatten(1)
+
+    def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows, *, least: int = 1) -> None:
+        for token, row, at in groups(rows, least):
+            b = matrices(pool, rows.cells[row], y.shape[-1])
+            h = hidden[at].unflatten(1, (-1, row.shape[1])) * rows.scale[row][:, None]
+            y[token] = (y[token] + h @ b).to(y.dtype)
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sequences: Sequences,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        out = q.new_empty(q.shape)
+        self.attend_into(out, q, keys, values, sequences, scale=scale, window=window, softcap=softcap)
+        return out
+
+    def attend_into(
+        self,
+        out: Tensor,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sequences: Sequences,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        least: int = 1,
+    ) -> None:
+        """Fill in the tokens of the sequences with ``least`` new ones and more."""
+        tokens, starts = sequences.tokens.tolist(), sequences.starts.tolist()
+        new = [b - a for a, b in zip(tokens, tokens[1:])]
+        single = [s for s, n in enumerate(new) if n == 1 and n >= least]
+        many = [[s] for s, n in enumerate(new) if n > 1 and n >= least]
+        for members in [single, *many] if single else many:
+            n = new[members[0]]
+            cells = torch.tensor([starts[s + 1] - starts[s] for s in members], device=q.device)[:, None]
+            # Counted from the first cell that the first new token sees; no cell before it is read.
+            first = (cells - n + 1 - window).clamp(min=0) if window else torch.zeros_like(cells)
+            seen = cells - first
+            span = torch.arange(int(seen.max()), device=q.device)
+            # A sequence shorter than the longest is filled up with a cell of its own, which the mask hides.
+            at = sequences.cells[sequences.starts[members][:, None] + first + span.minimum(seen - 1)]
+            own = seen - n + torch.arange(n, device=q.device)
+            mask = span <= own[..., None]
+            if window:
+                mask &= span > own[..., None] - window
+            token = spans(sequences.tokens, members, n)
+            out[token] = attention(q[token], keys[at], values[at], mask, scale, softcap)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """q: (batch, n, heads, d), k and v: (batch, cells, kv heads, d), mask: (batch, n, cells) → (batch, n, heads, d).
+
+    The query heads that share a key head are treated as so many more queries.
+    """
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    folded = q.unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4)
+    sharing, n = folded.shape[2:4]
+    folded, mask = folded.flatten(2, 3), mask.repeat(1, sharing, 1)[:, None]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+    else:
+        scores = softcap * torch.tanh((folded.float() @ k.float().mT) * (scale / softcap))
+        out = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+    return out.unflatten(2, (sharing, n)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def groups(rows: Rows, least: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Indices of the tokens (batch, n), rows (batch, r) and activations (batch, n · r) of segments of one size."""
+    tokens, starts = rows.tokens.tolist(), rows.rows.tolist()
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for s in range(len(tokens) - 1):
+        n, r = tokens[s + 1] - tokens[s], starts[s + 1] - starts[s]
+        if r and n >= least:
+            alike[n, r].append(s)
+    for (n, r), members in alike.items():
+        yield spans(rows.tokens, members, n), spans(rows.rows, members, r), spans(rows.hidden, members, n * r)
+
+
+def spans(bounds: Tensor, members: Sequence[int], count: int) -> Tensor:
+    """(len(members), count): the first ``count`` indices of each member's part."""
+    return bounds[list(members)].long()[:, None] + torch.arange(count, device=bounds.device)
+
+
+def matrices(pool: Tensor, cells: Tensor, width: int) -> Tensor:
+    """cells: (batch, r, chunks) → (batch, r, width), fp32."""
+    return pool[cells].flatten(2)[..., :width].float()

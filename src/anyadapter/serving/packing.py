@@ -1,0 +1,253 @@
+"""How an adapter lies in cells: which piece of which tensor goes where, and what each site reads back.
+
+Adapters of one configuration share one :class:`Packing`. Every kind we serve is made of matrices whose rows are read by a
+dot product (in the first half of the cells) or added up (in the second), so that one pair of products serves them all:
+
+    low rank        y = W x + s B (A x)                     rows of A, columns of B (Hu et al. 2021)
+    bottleneck      z(x) = s U act(D x), before, after or beside a module        rows of D, columns of U
+    (IA)³           y = l ⊙ W x, or W (l ⊙ x)               one row l
+    prefix          keys and values in front of a sequence  cells as a token's
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anyadapter.core.adapter import Adapter
+from anyadapter.core.errors import ArtefactError, TargetError
+from anyadapter.core.host import Host, features
+from anyadapter.core.site import Site
+from anyadapter.methods.language.ia3 import ScaledInput, ScaledOutput
+from anyadapter.methods.language.prefix import Prefix
+from anyadapter.parts.bottleneck import After, Before, DownUp, Parallel
+from anyadapter.parts.low_rank import LowRank
+from anyadapter.serving.pool import KEYS, VALUES
+
+Kind = Literal["low_rank", "before", "after", "parallel", "scale_input", "scale_output"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """``rows`` rows of ``width`` numbers: row j lies in ``chunks`` cells from ``start + j · chunks`` on.
+
+    Attributes:
+        start: among the adapter's own cells.
+        half: 0 for what is read by a dot product, 1 for what is added up.
+    """
+
+    start: int
+    rows: int
+    width: int
+    chunks: int
+    half: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an adapter does at one site.
+
+    Attributes:
+        kind: see the module's table.
+        first: A, D, or l.
+        second: B or U by columns.
+        scaling: factor of the result, as trained.
+        activation: name of the bottleneck's non-linearity.
+        bias: of D, one row. U's is one more column of ``second``, and ``first`` has a row of zeros for it.
+    """
+
+    kind: Kind
+    first: Block
+    second: Block | None = None
+    scaling: float = 1.0
+    activation: str = ""
+    bias: Block | None = None
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Where one tensor goes: its rows into a block, from row ``offset`` on.
+
+    Attributes:
+        turned: the tensor's columns are the rows.
+        times: name of a number to multiply it by, or ``""``.
+    """
+
+    name: str
+    layer: int
+    block: Block
+    offset: int = 0
+    turned: bool = False
+    times: str = ""
+
+
+@dataclass(eq=False)
+class Packing:
+    """The plan for all adapters of one configuration on one host.
+
+    Attributes:
+        cells: how many an adapter takes.
+        prefix: how many of them, the first ones, are tokens of a prefix.
+        shift: whether the sequence's positions start after the prefix.
+        rank: the largest inner width.
+        parts: what happens at each site, by module path.
+        layer_of: the layer of the pool in which each site's cells are read.
+        sums: whether the adapter is a sum of products beside linears, so that several can be added with weights.
+    """
+
+    layers: int
+    width: int
+    dtype: torch.dtype
+    cells: int = 0
+    prefix: int = 0
+    shift: bool = False
+    rank: int = 0
+    parts: dict[str, Part] = field(default_factory=dict)
+    layer_of: dict[str, int] = field(default_factory=dict)
+    fills: list[Fill] = field(default_factory=list)
+    prompt: str = ""
+
+    @property
+    def sums(self) -> bool:
+        return not self.prefix and all(part.kind == "low_rank" for part in self.parts.values())
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """An adapter's cells: (layers, 2, cells, W) on the CPU.
+
+        Args:
+            tensors: by the adapter's own names.
+
+        Raises:
+            ArtefactError: a number is not finite, or not in the pool's dtype.
+        """
+        packed = torch.zeros(self.layers, 2, self.cells, self.width, dtype=self.dtype)
+        for fill in self.fills:
+            block, value = fill.block, tensors[fill.name]
+            value = value.squeeze(-1) if fill.turned and value.dim() > 2 else value
+            value = value.reshape(-1, block.width) if not fill.turned else value.T
+            if fill.times:
+                value = value.float() * tensors[fill.times].float()
+            stop = block.start + block.rows * block.chunks
+            rows = packed[fill.layer, block.half, block.start : stop].view(block.rows, -1)
+            rows[fill.offset : fill.offset + value.shape[0], : block.width] = value
+        if self.prefix:  # (n, layers · 2 · W): keys, then values, layer by layer
+            prompt = tensors[self.prompt].reshape(self.prefix, self.layers, 2, self.width)
+            packed[:, :, : self.prefix] = prompt.permute(1, 2, 0, 3)
+        if not torch.isfinite(packed.sum(dtype=torch.float32)):
+            raise ArtefactError(
+                f"The adapter holds NaN, infinity or numbers beyond {self.dtype}: the training diverged, or the base "
+                "should be served in another dtype."
+            )
+        return packed
+
+
+def plan(adapter: Adapter, host: Host, layers: int, width: int, dtype: torch.dtype) -> Packing:
+    """The packing of an adapter (on any device, also meta) for a pool.
+
+    Raises:
+        TargetError: part of it is of a kind that cannot share a batch.
+    """
+    packing = Packing(layers, width, dtype)
+    names = {id(tensor): name for name, tensor in adapter.tensors().items()}
+    taken: Counter[tuple[int, int]] = Counter()  # cells used in (layer, half)
+
+    def block(layer: int, half: int, rows: int, wide: int) -> Block:
+        chunks = -(-wide // width)
+        found = Block(taken[layer, half], rows, wide, chunks, half)
+        taken[layer, half] += rows * chunks
+        return found
+
+    if isinstance(adapter, Prefix):
+        plan_prefix(adapter, packing, names)
+        for layer in range(layers):
+            taken[layer, KEYS] = taken[layer, VALUES] = packing.prefix
+    else:
+        for placement in adapter.placements:
+            branch, site = placement.branch, Site(placement.path, host.modules[placement.path])
+            how = next((how for cls, how in KINDS if type(branch) is cls), None)
+            if how is None or placement.kind != "call":
+                raise TargetError(
+                    f"The {type(adapter).__name__} at {placement.path} cannot share a batch with other adapters. Served are "
+                    "LoRA, (IA)³, prefixes, and bottlenecks before, after or beside a module; other linear adapters can be "
+                    "merged into a base of their own, a new head cannot be served."
+                )
+            layer = site.layer or 0
+            packing.parts[site.path] = how(
+                branch, site.module, partial(block, layer), partial(add_fill, packing.fills, names, layer)
+            )
+            packing.layer_of[site.path] = layer
+        packing.rank = max(part.first.rows for part in packing.parts.values())
+    packing.cells = max(taken.values())
+    return packing
+
+
+def add_fill(
+    fills: list[Fill], names: dict[int, str], layer: int, tensor: Tensor, block: Block, times: Any = None, **how: Any
+) -> None:
+    fills.append(Fill(names[id(tensor)], layer, block, times=names.get(id(times), ""), **how))
+
+
+NewBlock = Callable[[int, int, int], Block]
+
+
+def plan_low_rank(branch: LowRank, module: nn.Module, block: NewBlock, fill: Callable[..., None]) -> Part:
+    if isinstance(module, (nn.Conv2d, nn.Embedding)):
+        raise TargetError(f"A LoRA on a {type(module).__name__} cannot be served; its linears can.")
+    width_in, width_out = features(module)
+    a, b = branch.lora_A.weight, branch.lora_B.weight
+    first, second = block(KEYS, a.shape[0], width_in), block(VALUES, a.shape[0], width_out)
+    fill(a, first)
+    fill(b, second, turned=True)
+    return Part("low_rank", first, second, branch.scaling)
+
+
+def plan_bottleneck(kind: Kind, branch: DownUp, module: nn.Module, block: NewBlock, fill: Callable[..., None]) -> Part:
+    down, up, s = branch.adapter_down, branch.adapter_up, branch.adapter_scaling
+    width, biased = down.out_features, down.bias is not None
+    first = block(KEYS, width + biased, down.in_features)
+    second = block(VALUES, width + biased, up.out_features)
+    times = s if isinstance(s, Tensor) else None
+    fill(down.weight, first)
+    fill(up.weight, second, times, turned=True)
+    bias = None
+    if biased:
+        bias = block(KEYS, 1, width)
+        fill(down.bias, bias)
+        fill(up.bias, second, times, offset=width)
+    return Part(kind, first, second, 1.0 if times is not None else float(s), branch.activation_name, bias)
+
+
+def plan_scale(
+    kind: Kind, branch: ScaledInput | ScaledOutput, module: nn.Module, block: NewBlock, fill: Callable[..., None]
+) -> Part:
+    first = block(KEYS, 1, branch.ia3_l.numel())
+    fill(branch.ia3_l, first)
+    return Part(kind, first)
+
+
+def plan_prefix(adapter: Prefix, packing: Packing, names: dict[int, str]) -> None:
+    if adapter.config.projection is not None:
+        raise TargetError("The prefix is still made by a network; call its fold() and save it again.")
+    prompt = adapter.prompt.weight
+    if prompt.shape[1] != packing.layers * 2 * packing.width:
+        raise TargetError("A served prefix is in front of every self-attention of the model, and of nothing else.")
+    if adapter.config.whole:
+        raise TargetError("The prefix comes with whole modules, which cannot share a batch.")
+    packing.prefix, packing.prompt = adapter.config.tokens, names[id(prompt)]
+    packing.shift = any(placement.kind == "call" for placement in adapter.placements)
+
+
+KINDS: list[tuple[type, Callable[..., Part]]] = [
+    (LowRank, plan_low_rank),
+    (Before, partial(plan_bottleneck, "before")),
+    (After, partial(plan_bottleneck, "after")),
+    (Parallel, partial(plan_bottleneck, "parallel")),
+    (ScaledInput, partial(plan_scale, "scale_input")),
+    (ScaledOutput, partial(plan_scale, "scale_output")),
+]

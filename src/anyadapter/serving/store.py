@@ -1,0 +1,265 @@
+"""The registered adapters: thousands of folders, memory-mapped, each checked before it is known by its name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from anyadapter.core.adapter import Adapter, check_tensors
+from anyadapter.core.attach import NAME
+from anyadapter.core.catalogue import config_from_dict, method_of
+from anyadapter.core.errors import AnyAdapterError, ArtefactError, ConfigError, UnknownAdapterError, near
+from anyadapter.core.fingerprint import check_fingerprint
+from anyadapter.core.host import Host
+from anyadapter.formats import layouts
+from anyadapter.formats.files import CONFIG, TENSORS, inside, read_header, read_json
+from anyadapter.formats.native import FORMAT_VERSION, KEY, digest
+from anyadapter.serving.packing import Packing, plan
+
+VOLATILE = ("tensors_sha256", "library_version", "base", "scale")  # differ between adapters that are packed alike
+
+
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """One adapter the server knows.
+
+    Attributes:
+        id: ``name@version``; a name registered again gets another one, so that nothing of the old is taken for it.
+        stamp: size and time of the file when it was checked; a file that has changed since is refused.
+        scale: saved with the adapter.
+    """
+
+    name: str
+    id: str
+    folder: Path
+    method: str
+    packing: Packing = field(repr=False)
+    template: Template = field(repr=False)
+    stamp: tuple[int, int]
+    scale: float
+    sha256: str | None
+    base: str | None
+    bytes: int
+    created: float
+
+    @property
+    def rank(self) -> int:
+        """The largest inner width of its parts."""
+        return self.packing.rank
+
+    @property
+    def cells(self) -> int:
+        """How many cells of the pool it takes while it is resident."""
+        return self.packing.cells
+
+
+@dataclass(eq=False)
+class Template:
+    """What adapters of the same settings and shapes share: an adapter without values, its layout, its packing."""
+
+    adapter: Adapter
+    layout: layouts.Layout
+    packing: Packing
+
+
+class AdapterStore:
+    """Adapters by name.
+
+    Args:
+        host: the base they are for.
+        layers, width, dtype: of the pool.
+        root: when given, folders are names inside it, and nothing outside is read.
+        max_rank, max_cells: limits to one adapter.
+        keep: keep packed copies in memory (pinned, where there is CUDA) instead of reading the mapped file again.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        layers: int,
+        width: int,
+        dtype: torch.dtype,
+        *,
+        root: str | Path | None = None,
+        max_rank: int = 512,
+        max_cells: int = 1 << 30,
+        keep: bool = False,
+    ) -> None:
+        self.host, self.layers, self.width, self.dtype = host, layers, width, dtype
+        self.root = Path(root) if root is not None else None
+        self.max_rank, self.max_cells, self.keep = max_rank, max_cells, keep
+        self.by_name: dict[str, Registered] = {}
+        self.templates: dict[str, Template] = {}
+        self.packed: dict[str, Tensor] = {}
+        self.checked: set[str] = set()  # identities whose values were found sound
+        self.bases: set[str] = set()  # fingerprints that fit this base
+        self.versions = itertools.count(1)
+
+    def names(self) -> list[str]:
+        """The registered names, sorted."""
+        return sorted(self.by_name)
+
+    def get(self, name: str) -> Registered:
+        """The adapter of that name. Raises :class:`UnknownAdapterError` with near names."""
+        found = self.by_name.get(name)
+        if found is None:
+            raise UnknownAdapterError(f"No adapter {name[:128]!r} is loaded. {near(name[:128], self.by_name)}")
+        return found
+
+    def register(self, name: str, folder: str | Path | None = None, *, check: bool = True) -> Registered:
+        """Make an adapter known, or put another one under its name; requests already in hand keep the old one.
+
+        Args:
+            name: letters, digits, ``.``, ``_`` and ``-``, at most 128.
+            folder: of the artefact; with a ``root``, a name inside it. By default the same as ``name``.
+            check: read all values now; otherwise that is done when it is first used.
+
+        Raises:
+            ArtefactError: malformed name, missing, damaged or hostile files, a rank or size beyond the limits.
+            BaseMismatchError: it was trained on another base.
+            TargetError, ConfigError: this base has no such parts, or the adapter cannot share a batch.
+        """
+        found = self.examine(name, folder)
+        if check:
+            self.pack(found)
+        if name in self.by_name:
+            self.packed.pop(self.by_name[name].id, None)
+        self.by_name[name] = found
+        return found
+
+    def unload(self, name: str) -> Registered:
+        """Forget a name; requests in hand keep the adapter. Raises :class:`UnknownAdapterError`."""
+        found = self.get(name)
+        del self.by_name[name]
+        self.packed.pop(found.id, None)
+        return found
+
+    def scan(self) -> dict[str, str]:
+        """Register every folder under ``root``. Returns the refused ones, each with the reason."""
+        refused = {}
+        for path in sorted(self.root.iterdir()) if self.root else []:
+            if (path / CONFIG).exists():
+                try:
+                    self.register(path.name, check=False)
+                except AnyAdapterError as error:
+                    refused[path.name] = str(error)
+        return refused
+
+    def examine(self, name: str, folder: str | Path | None = None) -> Registered:
+        """All of :meth:`register` that reads headers only; the store is not changed."""
+        if not NAME.fullmatch(name):
+            raise ArtefactError(f"An adapter's name is 1 to 128 letters, digits, '.', '_' or '-', not {name[:200]!r}.")
+        where = str(folder if folder is not None else name)
+        path = inside(self.root, where) if self.root is not None else Path(where)
+        for file in (CONFIG, TENSORS) if self.root is not None else ():
+            if (path / file).is_symlink() and self.root.resolve() not in (path / file).resolve().parents:
+                raise ArtefactError(f"{file} of {where!r} leads out of the folder of adapters.")
+        config, shapes = read_json(path / CONFIG), read_header(path / TENSORS)
+        ours = config.get(KEY)
+        ours = ours if isinstance(ours, dict) else {}
+        template = self.template(path, config, shapes)
+        if template.packing.rank > self.max_rank:
+            raise ArtefactError(f"{name!r} has rank {template.packing.rank}; this server takes {self.max_rank}.")
+        if template.packing.cells > self.max_cells:
+            raise ArtefactError(
+                f"{name!r} takes {template.packing.cells} cells of the pool, which has room for {self.max_cells}."
+            )
+        self.check_base(ours)
+        scale = ours.get("scale", 1.0)
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+            raise ArtefactError(f"{name!r}: the saved scale is {scale!r}, not a number.")
+        return Registered(
+            name=name,
+            id=f"{name}@{next(self.versions)}",
+            folder=path,
+            method=template.adapter.config.method,
+            packing=template.packing,
+            template=template,
+            stamp=stamp(path),
+            scale=float(scale),
+            sha256=ours.get("tensors_sha256"),
+            base=config.get("base_model_name_or_path"),
+            bytes=(path / TENSORS).stat().st_size,
+            created=time.time(),
+        )
+
+    def template(self, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Template:
+        """The template of a folder, made once for all adapters with the same settings and shapes."""
+        ours = config.get(KEY)
+        same = {k: v for k, v in config.items() if k != KEY}
+        if isinstance(ours, dict):
+            same[KEY] = {k: v for k, v in ours.items() if k not in VOLATILE}
+        key = json.dumps([same, shapes], sort_keys=True)
+        if key not in self.templates:
+            self.templates[key] = self.make_template(path, config, shapes)
+        return self.templates[key]
+
+    def make_template(self, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Template:
+        meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        if (ours := config.get(KEY)) is not None:
+            if not isinstance(ours, dict) or not isinstance(ours.get("config"), dict):
+                raise ArtefactError(f"{path / CONFIG}: the {KEY!r} object is malformed.")
+            if ours.get("format_version") != FORMAT_VERSION:
+                raise ArtefactError(
+                    f"{path} has format version {ours.get('format_version')!r}; this version reads {FORMAT_VERSION}. "
+                    "Upgrade with `pip install -U anyadapter`."
+                )
+            layout = layouts.by_name(ours.get("layout", "native"))
+            settings = config_from_dict({**ours["config"], "method": ours.get("method", "")})
+        else:
+            layout = layouts.detect(path, config, meta)
+            settings = layout.read_config(config, meta, self.host)
+        try:
+            with torch.device("meta"):
+                adapter = method_of(settings)(settings, self.host)
+        except (TypeError, RuntimeError) as error:  # a setting of the wrong type that no check of its own caught
+            raise ConfigError(f"{path}: no adapter can be made of its settings: {error}") from None
+        check_tensors(adapter.tensors(), layout.read(config, meta, adapter))
+        return Template(adapter, layout, plan(adapter, self.host, self.layers, self.width, self.dtype))
+
+    def check_base(self, ours: dict[str, Any]) -> None:
+        expected = ours.get("base")
+        if expected is None:
+            return
+        key = json.dumps(expected, sort_keys=True)
+        if key not in self.bases:
+            check_fingerprint(self.host, expected)
+            self.bases.add(key)
+
+    def pack(self, found: Registered) -> Tensor:
+        """The adapter's cells, read from its file: (layers, 2, cells, W).
+
+        Raises:
+            ArtefactError: the file has changed since it was registered, is damaged, or holds numbers that are not finite.
+        """
+        if found.id in self.packed:
+            return self.packed[found.id]
+        try:
+            if stamp(found.folder) != found.stamp:
+                raise ArtefactError(f"The files of {found.name!r} have changed since it was loaded; load it again.")
+            with safe_open(found.folder / TENSORS, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError as error:
+            raise ArtefactError(f"The files of {found.name!r} cannot be read: {error}") from None
+        if found.id not in self.checked and found.sha256 is not None and digest(tensors) != found.sha256:
+            raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
+        template = found.template
+        packed = template.packing.pack(template.layout.read({}, tensors, template.adapter))
+        self.checked.add(found.id)
+        if self.keep:
+            self.packed[found.id] = packed.pin_memory() if torch.cuda.is_available() else packed
+        return packed
+
+
+def stamp(folder: Path) -> tuple[int, int]:
+    """Size and time of change of an adapter's tensors."""
+    status = (folder / TENSORS).stat()
+    return status.st_size, status.st_mtime_ns

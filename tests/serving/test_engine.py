@@ -1,0 +1,267 @@
+"""The engine against single models: whatever shares its batch, a request gets what its own merged model would say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from served import disagreement, greedy, lora, run, save_adapter, tokens_of
+from torch import nn
+
+import anyadapter as aa
+from anyadapter.core.errors import RequestError, UnknownAdapterError
+from anyadapter.serving.engine import Engine, EngineSettings
+from anyadapter.serving.request import Request, Sampling
+
+TIE = 1e-3  # two logits closer than this are the same to fp32 sums of another order
+RANKS = (8, 16, 32, 64, 12, 1)
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village by the sea, there lived",
+    "Water boils at",
+    "The three primary colours are",
+    "Dear Sir or Madam,",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(smollm_and_tokenizer: tuple[nn.Module, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    for i, rank in enumerate(RANKS):
+        targets: Any = "all-linear" if i % 3 < 2 else ("self_attention.query", "self_attention.value")
+        strength = 1 if targets == "all-linear" else 3
+        save_adapter(smollm_and_tokenizer[0], root, f"a{i}", lora(rank, targets), i, strength)
+    return root
+
+
+def prompts(tokenizer: Any) -> list[tuple[int, ...]]:
+    return [tuple(tokenizer(text)["input_ids"]) for text in PROMPTS]
+
+
+def check_against_merged(model: nn.Module, folder: Path, name: str, prompt: tuple[int, ...], said: list[int]) -> None:
+    aa.load(model, folder / name, "oracle")
+    aa.merge(model, "oracle")
+    try:
+        assert disagreement(model, prompt, said) < TIE
+    finally:
+        aa.unmerge(model, "oracle")
+        aa.detach(model, "oracle")
+
+
+@pytest.fixture
+def engine(smollm: nn.Module, smollm_tokenizer: Any, folder: Path) -> Any:
+    made = Engine(smollm, smollm_tokenizer, settings=EngineSettings(cells=8000, adapters=str(folder)))
+    assert made.store.scan() == {}
+    yield made
+    made.close()
+
+
+def test_each_row_says_what_its_merged_model_says(
+    engine: Engine, smollm: nn.Module, smollm_tokenizer: Any, folder: Path
+) -> None:
+    texts = prompts(smollm_tokenizer)
+    for i, prompt in enumerate(texts):
+        engine.submit(greedy(f"r{i}", prompt, 8, **{f"a{i}": 1.0}))
+    engine.submit(greedy("base", texts[0], 8))
+    said = {id: tokens_of(outputs) for id, outputs in run(engine).items()}
+    engine.close()
+    assert disagreement(smollm, texts[0], said["base"]) < TIE
+    for i, prompt in enumerate(texts):
+        assert len(said[f"r{i}"]) == 8
+        assert disagreement(smollm, prompt, said[f"r{i}"]) > TIE, "the adapter changed nothing, so nothing was tested"
+        check_against_merged(smollm, folder, f"a{i}", prompt, said[f"r{i}"])
+
+
+def test_after_eviction_and_reload(smollm: nn.Module, folder: Path, smollm_tokenizer: Any) -> None:
+    """A pool that holds one large adapter at a time: every request evicts another's."""
+    prompt = prompts(smollm_tokenizer)[0]
+    roomy = Engine(smollm, settings=EngineSettings(cells=8000, adapters=str(folder)))
+    roomy.store.scan()
+    quiet = {}
+    for name in ("a2", "a3", "a1"):
+        roomy.submit(greedy(name, prompt, 4, **{name: 1.0}))
+        quiet |= {id: tokens_of(o) for id, o in run(roomy).items()}
+    roomy.close()
+    largest = max(r.cells for r in roomy.store.by_name.values())
+    tight = Engine(smollm, settings=EngineSettings(cells=largest + 40, adapters=str(folder)))
+    tight.store.scan()
+    for round in range(2):
+        for name in ("a2", "a3", "a1"):
+            tight.submit(greedy(f"{name}-{round}", prompt, 4, **{name: 1.0}))
+    said = {id: tokens_of(outputs) for id, outputs in run(tight).items()}
+    assert tight.residents.evictions >= 2
+    assert said == {f"{name}-{round}": quiet[name] for name in quiet for round in range(2)}
+    tight.close()
+
+
+def test_chunked_prefill_and_company_change_nothing(engine: Engine, smollm: nn.Module, smollm_tokenizer: Any) -> None:
+    """A long prompt, computed in pieces beside decoding neighbours, alone says the same."""
+    long = tuple(smollm_tokenizer("In the beginning " * 40)["input_ids"])
+    engine.submit(greedy("alone", long, 4, a1=1.0))
+    alone = tokens_of(run(engine)["alone"])
+    engine.close()
+    pieces = Engine(
+        smollm, settings=EngineSettings(cells=8000, step_tokens=16, max_running=8, adapters=engine.settings.adapters)
+    )
+    pieces.store.scan()
+    for i, prompt in enumerate(prompts(smollm_tokenizer)[:4]):
+        pieces.submit(greedy(f"n{i}", prompt, 6, **({f"a{i}": 1.0} if i else {})))
+    pieces.step()
+    pieces.submit(greedy("long", long, 4, a1=1.0))
+    assert tokens_of(run(pieces)["long"]) == alone
+    pieces.close()
+
+
+def test_the_model_is_what_it_was(smollm: nn.Module, folder: Path) -> None:
+    ids = torch.arange(5, 15)[None]
+    before, keys = smollm(ids).logits, list(smollm.state_dict())
+    engine = Engine(smollm, settings=EngineSettings(cells=2000, adapters=str(folder)))
+    engine.store.scan()
+    engine.submit(greedy("a", (1, 2, 3), 2, a0=1.0))
+    run(engine)
+    assert torch.equal(smollm(ids).logits, before), "the engine is attached, and others may still call the model"
+    engine.close()
+    assert list(smollm.state_dict()) == keys
+    assert not any("forward" in module.__dict__ for module in smollm.modules())
+    assert torch.equal(smollm(ids).logits, before)
+
+
+def test_weights_and_combinations(engine: Engine, smollm: nn.Module, smollm_tokenizer: Any, folder: Path) -> None:
+    """Two LoRAs with weights on one request act as both attached with these scales."""
+    prompt = prompts(smollm_tokenizer)[1]
+    engine.submit(greedy("both", prompt, 6, a1=0.7, a0=-0.4))
+    engine.submit(greedy("half", prompt, 6, a0=0.5))
+    said = {id: tokens_of(outputs) for id, outputs in run(engine).items()}
+    engine.close()
+    for request, weights in (("both", {"a1": 0.7, "a0": -0.4}), ("half", {"a0": 0.5})):
+        for name, weight in weights.items():
+            aa.load(smollm, folder / name, name).scale = weight
+        assert disagreement(smollm, prompt, said[request]) < TIE
+        for name in reversed(weights):
+            aa.detach(smollm, name)
+
+
+KINDS = {
+    "ia3": aa.IA3Config(),
+    "series": aa.BottleneckConfig(placement="series", width=24, activation="gelu", bias=True),
+    "parallel": aa.BottleneckConfig(placement="parallel", width=16, scaling=2.0),
+    "beside-mlp": aa.BottleneckConfig(placement="parallel_block", width=8, activation="relu", scaling="learned"),
+    "after-layer": aa.BottleneckConfig(placement="after", targets="layer", width=8, bias=True),
+    "prefix": aa.PrefixConfig(tokens=7, init=0.3),
+    "unshifted": aa.PrefixConfig(tokens=3, init=0.3, shift=False),
+    "lora": aa.LoRAConfig(rank=4, targets="all-linear"),
+}
+
+
+def test_other_kinds_share_the_batch(smollm: nn.Module, smollm_tokenizer: Any, tmp_path: Path) -> None:
+    """(IA)³, bottlenecks, prefixes and a LoRA in one batch: each as if attached alone."""
+    for seed, (name, config) in enumerate(KINDS.items()):
+        save_adapter(smollm, tmp_path, name, config, seed, strength=2.0)
+    engine = Engine(smollm, settings=EngineSettings(cells=8000, adapters=str(tmp_path)))
+    assert engine.store.scan() == {}
+    texts = prompts(smollm_tokenizer)
+    for i, name in enumerate(KINDS):
+        engine.submit(greedy(name, texts[i % len(texts)], 6, **{name: 1.0}))
+        engine.submit(greedy(f"{name}-base", texts[i % len(texts)], 6))
+    said = {id: tokens_of(outputs) for id, outputs in run(engine).items()}
+    engine.close()
+    for i, name in enumerate(KINDS):
+        prompt = texts[i % len(texts)]
+        assert disagreement(smollm, prompt, said[f"{name}-base"]) < TIE
+        assert disagreement(smollm, prompt, said[name]) > TIE, f"{name} changed nothing"
+        aa.load(smollm, tmp_path / name, "oracle")
+        assert disagreement(smollm, prompt, said[name]) < TIE, name
+        aa.detach(smollm, "oracle")
+
+
+def test_seeds_sampling_and_logprobs(engine: Engine) -> None:
+    """The same seed gives the same tokens alone and in company; log-probabilities are the model's."""
+    sampling = Sampling(max_tokens=5, temperature=0.9, top_p=0.9, seed=11, logprobs=2)
+    engine.submit(Request("alone", (504, 260, 2), {"a1": 1.0}, sampling))
+    alone = run(engine)["alone"]
+    for i in range(3):
+        engine.submit(Request(f"other{i}", (7, 8, 9), {"a0": 1.0}, Sampling(max_tokens=4, seed=i)))
+    engine.submit(Request("company", (504, 260, 2), {"a1": 1.0}, sampling))
+    company = run(engine)["company"]
+    assert tokens_of(alone) == tokens_of(company)
+    for one, other in zip(alone, company):
+        (chosen, *likely), (chosen_too, *_) = one.logprobs[0], other.logprobs[0]
+        assert chosen[0] == one.tokens[0]
+        assert chosen[1] == pytest.approx(chosen_too[1], abs=1e-3)
+        assert len(likely) == 2
+        assert likely[0][1] >= likely[1][1]
+        assert chosen[1] <= likely[0][1] + 1e-6
+
+
+def test_bad_requests_are_refused_at_the_door(engine: Engine) -> None:
+    for request, error in [
+        (greedy("r", (), 4), RequestError),
+        (greedy("r", (1,), 4, nobody=1.0), UnknownAdapterError),
+        (greedy("r", (10**9,), 4), RequestError),
+        (greedy("r", (1,) * 9000, 4), RequestError),
+        (greedy("r", (1,), 9000), RequestError),
+        (greedy("r", (1,), 4, a0=float("nan")), RequestError),
+    ]:
+        with pytest.raises(error):
+            engine.submit(request)
+    assert not engine.has_work
+    assert engine.held == {}
+    with pytest.raises(UnknownAdapterError, match="'a0'"):
+        engine.submit(greedy("r", (1,), 4, a00=1.0))
+
+
+def test_a_bad_adapter_harms_nobody_else(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    """Its file is damaged after it was registered: its request ends with an error, its neighbour is as in quiet."""
+    import shutil
+
+    shutil.copytree(folder / "a0", folder / "broken")
+    try:
+        engine.store.register("broken", check=False)
+        engine.submit(greedy("quiet", (504, 260, 2), 5, a1=1.0))
+        quiet = tokens_of(run(engine)["quiet"])
+        file = folder / "broken" / "adapter_model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-4:] = b"\x00\x00\xc0\x7f"  # NaN
+        file.write_bytes(data)
+        engine.submit(greedy("bad", (504, 260, 2), 5, broken=1.0))
+        engine.submit(greedy("good", (504, 260, 2), 5, a1=1.0))
+        said = run(engine)
+    finally:
+        shutil.rmtree(folder / "broken")
+    assert said["bad"][-1].finish == "error"
+    assert "load it again" in said["bad"][-1].message
+    assert tokens_of(said["good"]) == quiet
+
+
+def test_a_reload_serves_the_new_one_and_runs_the_old_to_its_end(
+    engine: Engine, smollm: nn.Module, folder: Path
+) -> None:
+    prompt = (504, 260, 2)
+    engine.submit(greedy("old", prompt, 6, a1=1.0))
+    begun = tokens_of(engine.step())
+    engine.store.register("a1", "a2")
+    engine.submit(greedy("new", prompt, 6, a1=1.0))
+    said = {id: tokens_of(outputs) for id, outputs in run(engine).items()}
+    resident = [id for id in engine.residents.by_id if id.startswith("a1@")]
+    assert resident == [engine.store.get("a1").id], "the old one can no longer be asked for"
+    engine.close()
+    check_against_merged(smollm, folder, "a2", prompt, said["new"])
+    check_against_merged(smollm, folder, "a1", prompt, begun + said["old"])
+
+
+def test_cancel_gives_everything_back(engine: Engine) -> None:
+    for i in range(4):
+        engine.submit(greedy(f"r{i}", (5, 6, 7, 8), 20, **{f"a{i % 2}": 1.0}))
+    engine.cancel("r3")  # while it waits
+    for _ in range(3):
+        engine.step()
+    engine.cancel("r0")
+    engine.check_integrity()
+    engine.cancel("nobody")
+    said = run(engine)
+    assert "r3" not in said
+    assert engine.stats()["cells_sequences"] == 0
+    assert engine.pool.left + engine.residents.cells == engine.pool.cells

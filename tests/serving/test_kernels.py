@@ -1,0 +1,262 @@
+"""Every kernel backend against dense products in fp64; all cells that no index names hold NaN."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from anyadapter.core.errors import ConfigError
+from anyadapter.serving.batch import Rows, Sequences
+from anyadapter.serving.kernels import Kernels, kernels_for
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+BACKENDS = ("torch", "native", "triton")
+DTYPES = (torch.float32, torch.bfloat16)
+few = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("ANYADAPTER_KERNELS", request.param)
+        try:
+            kernels_for(DEVICE, torch.float32)
+        except ConfigError as error:
+            pytest.skip(str(error))
+        yield request.param
+
+
+DEVICE = torch.device("cpu")
+
+
+def kernels(backend: str, dtype: torch.dtype) -> Kernels:
+    assert os.environ["ANYADAPTER_KERNELS"] == backend
+    return kernels_for(DEVICE, dtype)
+
+
+def bounds(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+@dataclass
+class Case:
+    """Adapters' rows scattered over a pool, dense and paged."""
+
+    rows: Rows
+    pool: Tensor
+    dense: list[Tensor]  # (r, width) of each segment, fp64
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rows.tokens[-1])
+
+
+def scattered(count: int, per: int, generator: torch.Generator) -> Tensor:
+    """(count, per) cells of a pool of some more, in no order, no cell twice."""
+    return torch.randperm(count * per + 7, generator=generator)[: count * per].view(count, per).int()
+
+
+def paged(segments: list[tuple[int, int]], width: int, cell: int, dtype: torch.dtype, seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    total, chunks = sum(r for _, r in segments), -(-width // cell)
+    cells = scattered(total, chunks, generator)
+    pool = torch.full((total * chunks + 7, cell), torch.nan, dtype=dtype)
+    values = torch.randn(total, width, generator=generator).to(dtype)
+    filled = torch.nn.functional.pad(values, (0, chunks * cell - width)).view(total, chunks, cell)
+    pool[cells.long()] = filled
+    rows = Rows(
+        tokens=bounds([n for n, _ in segments]),
+        rows=bounds([r for _, r in segments]),
+        hidden=bounds([n * r for n, r in segments]),
+        cells=cells,
+        scale=torch.randn(total, generator=generator),
+        total=sum(n * r for n, r in segments),
+    )
+    return Case(rows, pool, list(values.double().split([r for _, r in segments])))
+
+
+segments = st.lists(
+    st.tuples(st.sampled_from([1, 1, 1, 2, 3, 5, 40, 70]), st.sampled_from([0, 1, 3, 8, 12, 64])), min_size=1, max_size=6
+)
+cases = st.builds(
+    paged,
+    segments,
+    st.sampled_from([16, 48, 50, 144, 576, 577]),
+    st.sampled_from([16, 48, 192]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+
+
+def numbers(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(like.dtype)
+
+
+def width_of(case: Case) -> int:
+    return case.dense[0].shape[1]
+
+
+@few
+@given(case=cases)
+def test_shrink_is_the_dense_product(backend: str, case: Case) -> None:
+    x = numbers(case.tokens, width_of(case), like=case.pool)
+    hidden = kernels(backend, x.dtype).shrink(x, case.pool, case.rows)
+    parts = x.double().split(case.rows.tokens.diff().tolist())
+    wanted = torch.cat([(part @ dense.T).flatten() for part, dense in zip(parts, case.dense)])
+    assert hidden.dtype is torch.float32
+    torch.testing.assert_close(hidden.double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@few
+@given(case=cases, strided=st.booleans())
+def test_expand_adds_the_dense_product(backend: str, case: Case, strided: bool) -> None:
+    hidden = torch.randn(case.rows.total, generator=torch.Generator().manual_seed(1))
+    wide = numbers(case.tokens, width_of(case) + 16, like=case.pool)
+    y = wide[:, : width_of(case)] if strided else wide[:, : width_of(case)].contiguous()
+    before, beside = y.clone(), wide[:, width_of(case) :].clone()
+    kernels(backend, y.dtype).expand(hidden, y, case.pool, case.rows)
+    counts, scales = case.rows.tokens.diff().tolist(), case.rows.scale.split(case.rows.rows.diff().tolist())
+    parts = hidden.split(case.rows.hidden.diff().tolist())
+    added = [
+        (h.view(n, len(b)).double() * scale) @ b if len(b) else torch.zeros(n, width_of(case), dtype=torch.double)
+        for h, n, scale, b in zip(parts, counts, scales, case.dense)
+    ]
+    tolerance = 1e-4 if y.dtype is torch.float32 else 2**-8
+    torch.testing.assert_close(y.double(), before.double() + torch.cat(added), atol=1e-4, rtol=tolerance)
+    assert torch.equal(wide[:, width_of(case) :], beside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_scale_0_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    case = paged([(1, 8), (3, 12), (2, 0)], 50, 48, dtype, 0)
+    case.rows.scale.zero_()
+    y = numbers(6, 50, like=case.pool)
+    before = y.clone()
+    kernels(backend, dtype).expand(torch.ones(case.rows.total), y, case.pool, case.rows)
+    assert torch.equal(y.view(torch.int16), before.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_its_neighbours(backend: str, dtype: torch.dtype) -> None:
+    """The numbers of one request are the same, to the bit, whatever the other rows of the batch are."""
+    alone, together = paged([(1, 12)], 576, 192, dtype, 5), paged([(1, 12), (1, 64), (2, 3)], 576, 192, dtype, 5)
+    cells = together.rows.cells[:12].long()
+    together.pool[cells] = alone.pool[alone.rows.cells.long()]
+    x = numbers(4, 576, like=alone.pool)
+    run = kernels(backend, dtype)
+    first = run.shrink(x[:1].clone(), alone.pool, alone.rows)
+    second = run.shrink(x, together.pool, together.rows)[:12]
+    tolerance = 0 if backend != "torch" else 1e-4
+    torch.testing.assert_close(first, second, atol=tolerance, rtol=0)
+
+
+def test_nothing_to_do(backend: str) -> None:
+    case = paged([(2, 0)], 32, 16, torch.float32, 0)
+    y = torch.randn(2, 32)
+    before, run = y.clone(), kernels(backend, torch.float32)
+    hidden = run.shrink(torch.randn(2, 32), case.pool, case.rows)
+    run.expand(hidden, y, case.pool, case.rows)
+    assert len(hidden) == 0
+    assert torch.equal(y, before)
+
+
+@dataclass
+class Chat:
+    """Sequences over a scattered cache."""
+
+    sequences: Sequences
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: list[tuple[int, int]]  # new tokens, cells
+    options: dict
+
+
+def chat(
+    lengths: list[tuple[int, int]],
+    kv_heads: int,
+    sharing: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> Chat:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [(new, new + before) for new, before in lengths]
+    total = sum(cells for _, cells in lengths)
+    cells = scattered(total, 1, generator)[:, 0]
+    keys, values = torch.full((2, total + 7, kv_heads, dim), torch.nan, dtype=dtype)
+    for half in (keys, values):
+        half[cells.long()] = torch.randn(total, kv_heads, dim, generator=generator).to(dtype)
+    sequences = Sequences(
+        tokens=bounds([n for n, _ in lengths]),
+        starts=bounds([c for _, c in lengths]),
+        cells=cells,
+        longest=(max(c for _, c in lengths), max(n for n, _ in lengths)),
+    )
+    q = torch.randn(sum(n for n, _ in lengths), kv_heads * sharing, dim, generator=generator).to(dtype)
+    options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
+    return Chat(sequences, q, keys, values, lengths, options)
+
+
+def dense_attention(case: Chat) -> Tensor:
+    out, sharing = [], case.q.shape[1] // case.keys.shape[1]
+    window, softcap = case.options["window"], case.options["softcap"]
+    tokens = case.q.double().split([n for n, _ in case.lengths])
+    for q, (n, count), cells in zip(tokens, case.lengths, case.sequences.cells.split([c for _, c in case.lengths])):
+        k, v = (half[cells].double().repeat_interleave(sharing, 1) for half in (case.keys, case.values))
+        scores = torch.einsum("nhd,chd->hnc", q, k) * case.options["scale"]
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        own, at = torch.arange(count - n, count)[:, None], torch.arange(count)
+        seen = (at <= own) & (at > own - (window or count))
+        out.append(torch.einsum("hnc,chd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(out)
+
+
+chats = st.builds(
+    chat,
+    st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 7, 33]), st.integers(0, 70)), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from([16, 64]),
+    st.sampled_from([None, 1, 9, 50]),
+    st.sampled_from([None, 2.0]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+
+
+@few
+@given(case=chats)
+def test_attention_is_the_dense_one(backend: str, case: Chat) -> None:
+    run = kernels(backend, case.q.dtype)
+    out = run.attend(case.q, case.keys, case.values, case.sequences, **case.options)
+    assert out.dtype is case.q.dtype
+    tolerance = TOLERANCE[case.q.dtype]
+    torch.testing.assert_close(out.double(), dense_attention(case), atol=tolerance, rtol=tolerance)
+
+
+def test_attention_to_large_scores(backend: str) -> None:
+    case = chat([(1, 40), (3, 5)], 2, 2, 16, None, None, torch.float32, 0)
+    case.q *= 300
+    out = kernels(backend, torch.float32).attend(case.q, case.keys, case.values, case.sequences, **case.options)
+    torch.testing.assert_close(out.double(), dense_attention(case), atol=1e-4, rtol=1e-4)
+
+
+def test_queries_may_be_a_view_of_a_wider_tensor(backend: str) -> None:
+    case = chat([(1, 20), (2, 3)], 2, 3, 16, None, None, torch.float32, 0)
+    wide = torch.randn(3, 10, 16)
+    wide[:, 2:8] = case.q
+    out = kernels(backend, torch.float32).attend(wide[:, 2:8], case.keys, case.values, case.sequences, **case.options)
+    torch.testing.assert_close(out.double(), dense_attention(case), atol=1e-5, rtol=1e-5)
