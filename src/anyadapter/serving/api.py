@@ -231,7 +231,7 @@ class Server:
         except Exception as error:  # templates refuse conversations, tokenizers texts, each in its own way
             logger.debug("a prompt was refused: %s", trace(error))
             what = "prompt" if isinstance(prompt, str) else "messages"
-            raise ApiError(400, f"The model's tokenizer refuses these {what}.", param=what) from None
+            raise ApiError(400, f"The model's tokenizer refuses the {what}.", param=what) from None
 
     async def answer(
         self,

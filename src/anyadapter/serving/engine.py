@@ -200,7 +200,7 @@ class Engine:
             UnknownAdapterError: an adapter it names is not registered.
             BusyError: too many wait.
         """
-        if request.id in self.sequences or any(r.id == request.id for r in self.scheduler.waiting):
+        if request.id in self.sequences or request.id in self.scheduler.queue:
             raise RequestError(f"A request {request.id!r} is in hand already.", "id")
         if not request.prompt:
             raise RequestError("The prompt is empty; give at least one token.", "prompt")
@@ -231,7 +231,6 @@ class Engine:
             raise
         for registered in found:
             self.mixed.cover(registered.packing)
-            self.read_ahead(registered)
 
     def cancel(self, id: str) -> None:
         """End a request now; its cells are free on return. An unknown id is ignored."""
@@ -248,6 +247,8 @@ class Engine:
             if (failed := self.start(request)) is not None:
                 self.scheduler.finished([request])
                 outputs.append(failed)
+        for id in plan.prefetch:
+            self.read_ahead(self.held[id])
         pieces = [(self.sequences[r.id], n) for r, n in plan.prefill if r.id in self.sequences]
         pieces += [(self.sequences[r.id], 1) for r in plan.decode if r.id in self.sequences]
         if pieces:

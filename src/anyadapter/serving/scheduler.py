@@ -192,13 +192,14 @@ class Scheduler:
         return looks and self.since >= self.limits.wait_steps
 
     def _admit(self, now: float) -> list[Request]:
+        rows = self.limits.max_running - len(self.rows)
+        if not rows or not self.queue:
+            return []
         room = Room(self.limits.cells, self.adapter_cells, self.limits.step_tokens if self.limits.chunked else None)
         for request in self.running:
             room.take(request)
-        rows = self.limits.max_running - len(self.rows)
         batch = MiniBatch(list(self.running), rows, self.limits.batch_tokens, room)
-        if rows and self.queue:
-            self.policy.admit(self.waiting, batch)
+        self.policy.admit(self.waiting, batch)
         if batch.requests:
             self.policy.admitted(batch.requests, self.waiting)
         for request in batch.requests:

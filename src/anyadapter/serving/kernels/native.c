@@ -20,50 +20,40 @@
 #define TOKENS 4  /* tokens they are reused for, while in registers */
 #define BLOCK 256 /* columns of y in the making */
 #define CELLS 16  /* keys scored before their values are added; a multiple of ROWS */
+#define AHEAD 16  /* cells asked for before they are needed; of scattered ones, half as many give 3/4 of the speed */
 #define LINE 64
+#define STEP (4 * LANES) /* bytes in a vector */
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef float floats __attribute__((vector_size(STEP)));
+typedef uint32_t words __attribute__((vector_size(STEP)));
+
+/* A vector of bf16 is worked on as two of fp32, its even and its odd numbers: one shift and one mask. */
+#define PARTS (half ? 2 : 1)
+#define SIZE (half ? 2 : 4)
 
 INLINE long least_of(long a, long b) { return a < b ? a : b; }
 INLINE long within(long a, long low, long high) { return a < low ? low : a > high ? high : a; }
 
-/* LANES numbers at p. */
-INLINE floats load(const char *p, int half)
+/* One part of the vector at p. */
+INLINE floats load(const char *p, int part, int half)
 {
-    halves h;
-    floats f;
-    if (half) memcpy(&h, p, sizeof h);
-    else memcpy(&f, p, sizeof f);
-    return half ? (floats)(__builtin_convertvector(h, words) << 16) : f;
+    words w;
+    memcpy(&w, p, STEP);
+    return (floats)(!half ? w : part ? w & 0xffff0000 : w << 16);
 }
 
-/* `count` < LANES numbers, and zeros. */
-INLINE floats load_some(const char *p, long count, int half)
+/* The upper 16 bits of each number, rounded to nearest, ties to even. */
+INLINE words rounded(floats f)
 {
-    char numbers[sizeof(floats)] = {0};
-    memcpy(numbers, p, count * (half ? 2 : 4));
-    return load(numbers, half);
+    words w = (words)f, nan = (words)(f != f);
+    return (nan & 0x7fc00000) | (~nan & (w + 0x7fff + ((w >> 16) & 1)) & 0xffff0000);
 }
 
-INLINE float get(const char *p, long i, int half)
+INLINE void store(char *p, const floats *parts, int half)
 {
-    if (!half) return ((const float *)p)[i];
-    uint32_t word = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float f;
-    memcpy(&f, &word, 4);
-    return f;
-}
-
-/* Rounded to the nearest, ties to even. */
-INLINE void put(char *p, long i, float f, int half)
-{
-    uint32_t word;
-    memcpy(&word, &f, 4);
-    if (!half) ((float *)p)[i] = f;
-    else ((uint16_t *)p)[i] = f != f ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    words w = half ? rounded(parts[0]) >> 16 | rounded(parts[1]) : (words)parts[0];
+    memcpy(p, &w, STEP);
 }
 
 INLINE void fetch(const char *p, long bytes)
@@ -73,57 +63,88 @@ INLINE void fetch(const char *p, long bytes)
 
 INLINE float total(floats f)
 {
-    float sum[LANES];
-    memcpy(sum, &f, sizeof f);
-    for (int step = LANES / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) sum[i] += sum[i + step];
-    return sum[0];
+    typedef float four __attribute__((vector_size(16)));
+    four quarters[LANES / 4];
+    memcpy(quarters, &f, STEP);
+    for (int i = 1; i < LANES / 4; i++) quarters[0] += quarters[i];
+    return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
 }
 
-/* sums[t][j] += x_t · row_j over `width` numbers, lane by lane. */
-INLINE void multiply(floats sums[][ROWS], const char *const *x, int tokens, const char *const *row, long width, int half)
+/* sums[t][j] += x_t · row_j in one vector, lane by lane. */
+INLINE void multiply_step(floats sums[][ROWS], const char *const *x, int tokens, const char *const *row, long at, int half)
 {
-    long size = half ? 2 : 4, k = 0;
-    floats a[ROWS], v;
-    for (; k + LANES <= width; k += LANES) {
-        for (int j = 0; j < ROWS; j++) a[j] = load(row[j] + k * size, half);
+    for (int part = 0; part < PARTS; part++) {
+        floats a[ROWS];
+        for (int j = 0; j < ROWS; j++) a[j] = load(row[j] + at, part, half);
         for (int t = 0; t < tokens; t++) {
-            v = load(x[t] + k * size, half);
+            floats v = load(x[t] + at, part, half);
             for (int j = 0; j < ROWS; j++) sums[t][j] += v * a[j];
         }
     }
-    if (k == width) return;
-    for (int j = 0; j < ROWS; j++) a[j] = load_some(row[j] + k * size, width - k, half);
-    for (int t = 0; t < tokens; t++) {
-        v = load_some(x[t] + k * size, width - k, half);
-        for (int j = 0; j < ROWS; j++) sums[t][j] += v * a[j];
+}
+
+/* A vector of each of `count` rows of which only `bytes` are real, filled up with zeros. */
+INLINE void pad(char (*to)[STEP], const char **pointers, const char *const *row, int count, long at, long bytes)
+{
+    memset(to, 0, count * STEP);
+    for (int j = 0; j < count; j++) pointers[j] = memcpy(to[j], row[j] + at, bytes);
+}
+
+/* The same over rows of `bytes` bytes. */
+INLINE void multiply(floats sums[][ROWS], const char *const *x, int tokens, const char *const *row, long bytes, int half)
+{
+    long at = 0;
+    for (; at + STEP <= bytes; at += STEP) multiply_step(sums, x, tokens, row, at, half);
+    if (at == bytes) return;
+    char ends[ROWS][STEP], x_ends[TOKENS][STEP];
+    const char *end[ROWS], *x_end[TOKENS];
+    pad(ends, end, row, ROWS, at, bytes - at);
+    pad(x_ends, x_end, x, tokens, at, bytes - at);
+    multiply_step(sums, x_end, tokens, end, 0, half);
+}
+
+/* sums[t] += factor[t][j] * row_j in one vector. A line of `sums` has its numbers part by part, as `load` gives them. */
+INLINE void combine_step(float *sums, long line, const float factor[][ROWS], int tokens, const char *const *row, long at,
+                         int half)
+{
+    for (int part = 0; part < PARTS; part++) {
+        floats b[ROWS];
+        for (int j = 0; j < ROWS; j++) b[j] = load(row[j] + at, part, half);
+        for (int t = 0; t < tokens; t++) {
+            floats sum;
+            memcpy(&sum, sums + t * line + part * LANES, STEP);
+            for (int j = 0; j < ROWS; j++) sum += factor[t][j] * b[j];
+            memcpy(sums + t * line + part * LANES, &sum, STEP);
+        }
     }
 }
 
-/* sums[t][k] += factor[t][j] * b[j] in LANES columns; a line of `sums` is `stride` floats. */
-INLINE void add(float *sums, long stride, const float factor[][ROWS], int tokens, const floats *b)
+/* The same over rows of `bytes` bytes; `line` floats hold as many numbers, in whole vectors. */
+INLINE void combine(float *sums, long line, const float factor[][ROWS], int tokens, const char *const *row, long bytes, int half)
 {
-    for (int t = 0; t < tokens; t++) {
-        floats sum;
-        memcpy(&sum, sums + t * stride, sizeof sum);
-        for (int j = 0; j < ROWS; j++) sum += factor[t][j] * b[j];
-        memcpy(sums + t * stride, &sum, sizeof sum);
-    }
+    long at = 0;
+    for (; at + STEP <= bytes; at += STEP) combine_step(sums + at / SIZE, line, factor, tokens, row, at, half);
+    if (at == bytes) return;
+    char ends[ROWS][STEP];
+    const char *end[ROWS];
+    pad(ends, end, row, ROWS, at, bytes - at);
+    combine_step(sums + at / SIZE, line, factor, tokens, end, 0, half);
 }
 
-/* sums[t] += factor[t][j] * row_j; `stride` is a multiple of LANES. */
-INLINE void combine(float *sums, long stride, const float factor[][ROWS], int tokens, const char *const *row, long width,
-                    int half)
+/* to = keep * to + scale * sums, over `bytes` bytes; what is not kept is not read. */
+INLINE void finish(char *to, const float *sums, float scale, int keep, long bytes, int half)
 {
-    long size = half ? 2 : 4, k = 0;
-    floats b[ROWS];
-    for (; k + LANES <= width; k += LANES) {
-        for (int j = 0; j < ROWS; j++) b[j] = load(row[j] + k * size, half);
-        add(sums + k, stride, factor, tokens, b);
+    for (long at = 0; at < bytes; at += STEP) {
+        char vector[STEP] = {0}, *p = at + STEP <= bytes ? to + at : vector;
+        floats parts[2];
+        if (p == vector && keep) memcpy(vector, to + at, bytes - at);
+        for (int part = 0; part < PARTS; part++) {
+            memcpy(&parts[part], sums + at / SIZE + part * LANES, STEP);
+            parts[part] = keep ? load(p, part, half) + parts[part] * scale : parts[part] * scale;
+        }
+        store(p, parts, half);
+        if (p == vector) memcpy(to + at, vector, bytes - at);
     }
-    if (k == width) return;
-    for (int j = 0; j < ROWS; j++) b[j] = load_some(row[j] + k * size, width - k, half);
-    add(sums + k, stride, factor, tokens, b);
 }
 
 /* Run `call` with `count` as a constant, so that its loops are unrolled. */
@@ -173,28 +194,31 @@ INLINE long costs(const Rows *r)
     return sum;
 }
 
-/* The activations of `count` <= ROWS rows from `row`, for `tokens` tokens whose x begin at `x`. */
-INLINE void activations(const Rows *r, long row, long count, const char *const *x, int tokens, long width, long ahead,
-                        float *hidden, long stride, int half)
+/* Where chunk `c` of a row is. */
+INLINE const char *cell(const Rows *r, long row, long c) { return r->pool + r->cells[row * r->chunks + c] * r->stride; }
+
+/* The activations of `count` <= ROWS rows from `row` on, for `tokens` tokens; `count` rows from `ahead` on are asked for. */
+INLINE void activations(const Rows *r, long row, long count, long ahead, const char *const *x, int tokens, long width,
+                        float *hidden, long line, int half)
 {
     floats sums[TOKENS][ROWS] = {0};
-    long size = half ? 2 : 4;
+    long stop = least_of(ahead + count, r->rows[r->segments]);
     for (long c = 0, start = 0; start < width; c++, start += r->cell) {
         const char *at[ROWS], *part[TOKENS];
-        long numbers = least_of(r->cell, width - start);
-        for (int j = 0; j < ROWS; j++) at[j] = r->pool + r->cells[(row + least_of(j, count - 1)) * r->chunks + c] * r->stride;
-        for (int t = 0; t < tokens; t++) part[t] = x[t] + start * size;
-        for (long j = 0; j < ahead; j++)
-            fetch(r->pool + r->cells[(row + count + j) * r->chunks + c] * r->stride, numbers * size);
-        multiply(sums, part, tokens, at, numbers, half);
+        long bytes = least_of(r->cell, width - start) * SIZE;
+        for (int j = 0; j < ROWS; j++) at[j] = cell(r, row + least_of(j, count - 1), c);
+        for (int t = 0; t < tokens; t++) part[t] = x[t] + start * SIZE;
+        for (long j = ahead; j < stop; j++) fetch(cell(r, j, c), bytes);
+        multiply(sums, part, tokens, at, bytes, half);
     }
     for (int t = 0; t < tokens; t++)
-        for (int j = 0; j < count; j++) hidden[t * stride + j] = total(sums[t][j]);
+        for (int j = 0; j < count; j++) hidden[t * line + j] = total(sums[t][j]);
 }
 
 INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width, float *hidden, int thread, int all, int half)
 {
     long sum = costs(r), low = sum * thread / all, high = sum * (thread + 1) / all, seen = 0;
+    long ahead = ROWS * ((AHEAD + ROWS * r->chunks - 1) / (ROWS * r->chunks));
     for (long s = 0; s < r->segments; s++) {
         long unit = cost(r, s), rank = r->rows[s + 1] - r->rows[s], tokens = r->tokens[s + 1] - r->tokens[s];
         if (!unit || !rank) continue;
@@ -204,9 +228,9 @@ INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width,
             long count = least_of(ROWS, last - j), row = r->rows[s] + j;
             for (long t = 0; t < tokens; t += TOKENS) {
                 const char *at[TOKENS];
-                long ahead = t ? 0 : least_of(ROWS, r->rows[r->segments] - row - count);
+                long next = t ? r->rows[r->segments] : row + ahead;
                 for (int i = 0; i < TOKENS; i++) at[i] = x + (r->tokens[s] + least_of(t + i, tokens - 1)) * x_stride;
-#define CALL(n) activations(r, row, count, at, n, width, ahead, hidden + r->hidden[s] + t * rank + j, rank, half)
+#define CALL(n) activations(r, row, count, next, at, n, width, hidden + r->hidden[s] + t * rank + j, rank, half)
                 UNROLLED(tokens - t, CALL)
 #undef CALL
             }
@@ -247,63 +271,76 @@ INLINE int next(const Rows *r, Piece *p, long width, long low, long high, long *
     return 1;
 }
 
-/* Where the numbers of row `j` of the piece's segment begin. */
-INLINE const char *piece_row(const Rows *r, const Piece *p, long j, long size)
+/* A thread's way through its pieces, row by row. */
+typedef struct {
+    Piece piece;
+    long row, low, high, seen, last;
+    int more;
+} Walk;
+
+INLINE void start(const Rows *r, Walk *w, long width, int thread, int all)
 {
-    long cell = r->cells[(r->rows[p->s] + j) * r->chunks + p->chunk];
-    return r->pool + cell * r->stride + (p->start - p->chunk * r->cell) * size;
+    long sum = costs(r) * width;
+    *w = (Walk){.piece = {.s = -1}, .low = sum * thread / all, .high = sum * (thread + 1) / all};
+    w->more = next(r, &w->piece, width, w->low, w->high, &w->seen, &w->last);
 }
 
-INLINE void fetch_rows(const Rows *r, const Piece *p, long from, long size)
+/* Where the numbers of row `j` of the piece begin. */
+INLINE const char *piece_row(const Rows *r, const Piece *p, long j, int half)
 {
-    long stop = least_of(from + ROWS, r->rows[p->s + 1] - r->rows[p->s]);
-    for (long j = from; j < stop; j++) fetch(piece_row(r, p, j, size), (p->stop - p->start) * size);
+    return cell(r, r->rows[p->s] + j, p->chunk) + (p->start - p->chunk * r->cell) * SIZE;
 }
 
-/* `tokens` tokens of a piece; the rows of `following` are asked for at the end, if there is one. */
-INLINE void expand_piece(const Rows *r, const Piece *p, const Piece *following, const float *hidden, char *y, long y_stride,
+/* Ask for the next `count` rows. */
+INLINE void fetch_rows(const Rows *r, Walk *w, long width, long count, int half)
+{
+    for (; count && w->more; count--) {
+        fetch(piece_row(r, &w->piece, w->row, half), (w->piece.stop - w->piece.start) * SIZE);
+        if (++w->row < r->rows[w->piece.s + 1] - r->rows[w->piece.s]) continue;
+        w->row = 0;
+        w->more = next(r, &w->piece, width, w->low, w->high, &w->seen, &w->last);
+    }
+}
+
+/* `tokens` tokens of a piece, from `token` on. Rows of scale 0 are skipped, so that y stays as it is to the bit. */
+INLINE void expand_piece(const Rows *r, const Piece *p, Walk *ahead, long width, const float *hidden, char *y, long y_stride,
                          long token, int tokens, int half)
 {
-    long size = half ? 2 : 4, rank = r->rows[p->s + 1] - r->rows[p->s], width = p->stop - p->start;
+    long rank = r->rows[p->s + 1] - r->rows[p->s], bytes = (p->stop - p->start) * SIZE;
     const float *scale = r->scale + r->rows[p->s], *h = hidden + r->hidden[p->s] + token * rank;
     float sums[TOKENS * BLOCK];
-    for (int t = 0; t < tokens; t++)
-        for (long k = 0; k < width; k++) sums[t * BLOCK + k] = -0.0f;
+    memset(sums, 0, tokens * BLOCK * sizeof(float));
     int any = 0;
     for (long j = 0; j < rank; j += ROWS) {
         const char *row[ROWS];
         float factor[TOKENS][ROWS];
-        if (!token && j + ROWS < rank) fetch_rows(r, p, j + ROWS, size);
-        else if (!token && following) fetch_rows(r, following, 0, size);
         int used = 0;
+        if (!token) fetch_rows(r, ahead, width, least_of(ROWS, rank - j), half);
         for (int i = 0; i < ROWS; i++) {
             long at = least_of(j + i, rank - 1);
             float strength = j + i < rank ? scale[at] : 0;
             used |= strength != 0;
-            row[i] = piece_row(r, p, at, size);
+            row[i] = piece_row(r, p, at, half);
             for (int t = 0; t < tokens; t++) factor[t][i] = strength != 0 ? strength * h[t * rank + at] : 0;
         }
-        if (used) combine(sums, BLOCK, factor, tokens, row, width, half);
+        if (used) combine(sums, BLOCK, factor, tokens, row, bytes, half);
         any |= used;
     }
     if (!any) return;
-    for (int t = 0; t < tokens; t++) {
-        char *to = y + (r->tokens[p->s] + token + t) * y_stride + p->start * size;
-        for (long k = 0; k < width; k++) put(to, k, get(to, k, half) + sums[t * BLOCK + k], half);
-    }
+    for (int t = 0; t < tokens; t++)
+        finish(y + (r->tokens[p->s] + token + t) * y_stride + p->start * SIZE, sums + t * BLOCK, 1, 1, bytes, half);
 }
 
 INLINE void expand_part(const Rows *r, const float *hidden, char *y, long y_stride, long width, int thread, int all, int half)
 {
-    long sum = costs(r) * width, low = sum * thread / all, high = sum * (thread + 1) / all, seen = 0, last = 0;
-    Piece piece, following = {.s = -1};
-    int more = next(r, &following, width, low, high, &seen, &last);
-    while (more) {
-        piece = following;
-        more = next(r, &following, width, low, high, &seen, &last);
-        long tokens = r->tokens[piece.s + 1] - r->tokens[piece.s];
+    Walk walk, ahead;
+    start(r, &walk, width, thread, all);
+    ahead = walk;
+    fetch_rows(r, &ahead, width, AHEAD, half);
+    for (; walk.more; walk.more = next(r, &walk.piece, width, walk.low, walk.high, &walk.seen, &walk.last)) {
+        long tokens = r->tokens[walk.piece.s + 1] - r->tokens[walk.piece.s];
         for (long t = 0; t < tokens; t += TOKENS) {
-#define CALL(n) expand_piece(r, &piece, more ? &following : 0, hidden, y, y_stride, t, n, half)
+#define CALL(n) expand_piece(r, &walk.piece, &ahead, width, hidden, y, y_stride, t, n, half)
             UNROLLED(tokens - t, CALL)
 #undef CALL
         }
@@ -326,6 +363,7 @@ typedef struct {
 } Sequences;
 
 #define LOG2E 1.44269504088896341f
+#define NONE -1e30f /* less than any score */
 
 /* 2^x: the whole part goes into the exponent, the rest (within 1/2 of 0) through its Taylor series. */
 INLINE float power(float x)
@@ -341,91 +379,100 @@ INLINE float power(float x)
     return y * scale;
 }
 
-/* Scores of CELLS keys, `count` of them real, become weights; `sums` and what was summed so far are rescaled. */
-INLINE void soften(const Sequences *q, float *scores, long count, float *best, float *mass, float *sums, long dim)
+INLINE float folded(const float *numbers, int largest)
 {
-    float top = *best, weight = 0;
+    float fold[CELLS];
+    memcpy(fold, numbers, sizeof fold);
+    for (int step = CELLS / 2; step; step /= 2)
+        for (int i = 0; i < step; i++)
+            fold[i] = !largest ? fold[i] + fold[i + step] : fold[i + step] > fold[i] ? fold[i + step] : fold[i];
+    return fold[0];
+}
+
+/* Scores of CELLS keys, `count` of them real, become weights; `sums` and `mass`, of the keys before, are scaled to match. */
+INLINE void soften(const Sequences *q, float *scores, long count, float *best, float *mass, float *sums, long line)
+{
     if (q->softcap)
         for (int i = 0; i < CELLS; i++)
             scores[i] = q->softcap * (1 - 2 / (1 + power(scores[i] * q->scale / q->softcap * 2 * LOG2E))) * LOG2E;
     else
         for (int i = 0; i < CELLS; i++) scores[i] *= q->scale * LOG2E;
-    for (int i = 0; i < count; i++) top = scores[i] > top ? scores[i] : top;
-    for (int i = 0; i < CELLS; i++) scores[i] = power(scores[i] - top);
-    for (int i = count; i < CELLS; i++) scores[i] = 0;
-    for (int i = 0; i < CELLS; i++) weight += scores[i];
+    for (long i = count; i < CELLS; i++) scores[i] = NONE;
+    float top = folded(scores, 1);
     if (top > *best) {
         float old = power(*best - top);
         *mass *= old;
-        for (long k = 0; k < dim; k++) sums[k] *= old;
+        for (long k = 0; k < line; k++) sums[k] *= old;
         *best = top;
     }
-    *mass += weight;
+    for (int i = 0; i < CELLS; i++) scores[i] = power(scores[i] - *best);
+    for (long i = count; i < CELLS; i++) scores[i] = 0;
+    *mass += folded(scores, 0);
 }
 
-/* `sharing` query heads of one key head over CELLS cells, `count` of them real. */
-INLINE void head_scores(const char *const *query, int tokens, const char *const *key, long dim, float *scores, int half)
+/* Scores of CELLS keys for `heads` query heads that share them; their values are asked for. */
+INLINE void score(const char *const *query, int heads, const char *const *key, const char *const *value, long bytes,
+                  float *scores, int half)
 {
     for (int i = 0; i < CELLS; i += ROWS) {
         floats sums[TOKENS][ROWS] = {0};
-        multiply(sums, query, tokens, key + i, dim, half);
-        for (int t = 0; t < tokens; t++)
+        for (int j = 0; j < ROWS; j++) fetch(value[i + j], bytes);
+        multiply(sums, query, heads, key + i, bytes, half);
+        for (int t = 0; t < heads; t++)
             for (int j = 0; j < ROWS; j++) scores[t * CELLS + i + j] = total(sums[t][j]);
     }
 }
 
-INLINE void head_values(const float *scores, int tokens, const char *const *value, long dim, float *sums, long stride, int half)
+/* Add the values, weighted; the keys after them are asked for. */
+INLINE void weigh(const float *scores, int heads, const char *const *value, const char *const *after, long bytes, float *sums,
+                  long line, int half)
 {
     for (int i = 0; i < CELLS; i += ROWS) {
         float factor[TOKENS][ROWS];
-        for (int t = 0; t < tokens; t++)
+        for (int j = 0; j < ROWS; j++) fetch(after[i + j], bytes);
+        for (int t = 0; t < heads; t++)
             for (int j = 0; j < ROWS; j++) factor[t][j] = scores[t * CELLS + i + j];
-        combine(sums, stride, factor, tokens, value + i, dim, half);
+        combine(sums, line, factor, heads, value + i, bytes, half);
     }
 }
 
-/* One token, key heads `first` to `last`: q and out begin at its first query head. */
+/* One token, key heads `first` to `last`; q and out begin at its head 0. Keys and values are read once, block by block. */
 INLINE void attend_token(const Sequences *s, const int32_t *cells, long count, const char *q, char *out, long first, long last,
                          int half)
 {
-    long size = half ? 2 : 4, dim = s->dim, padded = (dim + LANES - 1) / LANES * LANES;
-    long heads = (last - first) * s->sharing, begin = first * dim * size, bytes = (last - first) * dim * size;
-    float sums[heads * padded], best[heads], mass[heads], scores[heads * CELLS];
+    long bytes = s->dim * SIZE, line = (bytes + STEP - 1) / STEP * STEP / SIZE, heads = (last - first) * s->sharing;
+    float sums[heads * line], best[heads], mass[heads], scores[heads * CELLS];
     memset(sums, 0, sizeof sums);
     memset(mass, 0, sizeof mass);
-    for (long h = 0; h < heads; h++) best[h] = -1e30f;
+    for (long h = 0; h < heads; h++) best[h] = NONE;
     for (long at = 0; at < count; at += CELLS) {
-        long real = least_of(CELLS, count - at);
-        const char *key[CELLS], *value[CELLS];
-        for (long i = 0; i < CELLS; i++) fetch(s->values + cells[at + least_of(i, real - 1)] * s->stride + begin, bytes);
-        for (long head = 0; head < last - first; head++) {
-            for (long i = 0; i < CELLS; i++)
-                key[i] = s->keys + cells[at + least_of(i, real - 1)] * s->stride + begin + head * dim * size;
-            for (long g = 0; g < s->sharing; g += TOKENS) {
-                const char *query[TOKENS];
-                for (long i = 0; i < TOKENS; i++)
-                    query[i] = q + ((first + head) * s->sharing + least_of(g + i, s->sharing - 1)) * dim * size;
-#define CALL(n) head_scores(query, n, key, dim, scores + (head * s->sharing + g) * CELLS, half)
-                UNROLLED(s->sharing - g, CALL)
-#undef CALL
+        const char *key[CELLS], *value[CELLS], *after[CELLS], *query[TOKENS];
+        for (long h = 0; h < heads; h += least_of(TOKENS, s->sharing - h % s->sharing)) {
+            long begin = (first + h / s->sharing) * bytes, together = least_of(TOKENS, s->sharing - h % s->sharing);
+            for (int i = 0; i < CELLS; i++) {
+                key[i] = s->keys + cells[least_of(at + i, count - 1)] * s->stride + begin;
+                value[i] = s->values + cells[least_of(at + i, count - 1)] * s->stride + begin;
             }
+            for (int i = 0; i < TOKENS; i++) query[i] = q + (first * s->sharing + h + least_of(i, together - 1)) * bytes;
+#define CALL(n) score(query, n, key, value, bytes, scores + h * CELLS, half)
+            UNROLLED(together, CALL)
+#undef CALL
         }
-        for (long h = 0; h < heads; h++) soften(s, scores + h * CELLS, real, best + h, mass + h, sums + h * padded, dim);
-        for (long i = at + CELLS; i < least_of(count, at + 2 * CELLS); i++) fetch(s->keys + cells[i] * s->stride + begin, bytes);
-        for (long head = 0; head < last - first; head++) {
-            for (long i = 0; i < CELLS; i++)
-                value[i] = s->values + cells[at + least_of(i, real - 1)] * s->stride + begin + head * dim * size;
-            for (long g = 0; g < s->sharing; g += TOKENS) {
-                long h = head * s->sharing + g;
-#define CALL(n) head_values(scores + h * CELLS, n, value, dim, sums + h * padded, padded, half)
-                UNROLLED(s->sharing - g, CALL)
-#undef CALL
+        for (long h = 0; h < heads; h++)
+            soften(s, scores + h * CELLS, least_of(CELLS, count - at), best + h, mass + h, sums + h * line, line);
+        for (long h = 0; h < heads; h += least_of(TOKENS, s->sharing - h % s->sharing)) {
+            long begin = (first + h / s->sharing) * bytes, together = least_of(TOKENS, s->sharing - h % s->sharing);
+            for (int i = 0; i < CELLS; i++) {
+                value[i] = s->values + cells[least_of(at + i, count - 1)] * s->stride + begin;
+                after[i] = s->keys + cells[least_of(at + CELLS + i, count - 1)] * s->stride + begin;
             }
+#define CALL(n) weigh(scores + h * CELLS, n, value, after, bytes, sums + h * line, line, half)
+            UNROLLED(together, CALL)
+#undef CALL
         }
     }
     for (long h = 0; h < heads; h++)
-        for (long k = 0; k < dim; k++)
-            put(out + (first * s->sharing + h) * dim * size, k, sums[h * padded + k] / mass[h], half);
+        finish(out + (first * s->sharing + h) * bytes, sums + h * line, 1 / mass[h], 0, bytes, half);
 }
 
 INLINE void attend_part(const Sequences *s, const char *q, long q_stride, char *out, int thread, int all, int half)
