@@ -265,3 +265,33 @@ def test_cancel_gives_everything_back(engine: Engine) -> None:
     assert "r3" not in said
     assert engine.stats()["cells_sequences"] == 0
     assert engine.pool.left + engine.residents.cells == engine.pool.cells
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"), [(torch.OutOfMemoryError("no memory"), {"long"}), (RuntimeError("broken"), {"long", "a"})]
+)
+def test_a_pass_that_breaks_is_undone(
+    engine: Engine, error: Exception, ended: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory costs the largest piece; the others say what they say in quiet."""
+    engine.submit(greedy("quiet", (504, 260, 2), 6, a1=1.0))
+    quiet = tokens_of(run(engine)["quiet"])
+    engine.submit(greedy("a", (504, 260, 2), 6, a1=1.0))
+    begun = tokens_of(engine.step())
+    engine.submit(greedy("long", range(100, 160), 4, a0=1.0))
+
+    def broken(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "call", broken)
+        outputs = engine.step()
+    engine.check_integrity()
+    assert {output.id for output in outputs} == ended
+    assert all(output.finish == "error" and output.message for output in outputs)
+    said = run(engine)
+    assert ("a" in said) == ("a" not in ended)
+    if "a" in said:
+        assert begun + tokens_of(said["a"]) == quiet
+    engine.submit(greedy("after", (504, 260, 2), 6, a1=1.0))
+    assert tokens_of(run(engine)["after"]) == quiet

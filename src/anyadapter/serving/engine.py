@@ -30,7 +30,7 @@ from anyadapter.serving.policies import policy_named
 from anyadapter.serving.pool import Pool
 from anyadapter.serving.request import Output, Request
 from anyadapter.serving.residents import Residents
-from anyadapter.serving.sampling import Sampler, choose
+from anyadapter.serving.sampling import Choice, Sampler, choose
 from anyadapter.serving.scheduler import Limits, Scheduler
 from anyadapter.serving.store import AdapterStore, Registered
 from anyadapter.serving.text import TextStream
@@ -145,22 +145,13 @@ class Engine:
         self.eos = end_tokens(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         reference = self.probe()
-        self.mixed = Mixed(MixedConfig(), self.host)
+        self.mixed = self.make_guest()
         width = self.mixed.heads * self.mixed.dim
         cell_bytes = self.mixed.layers * 2 * width * self.dtype.itemsize
         cells = settings.cells or settings.pool_bytes // cell_bytes
         self.pool = Pool(self.mixed.layers, cells, width, self.dtype, self.device)
         self.mixed.connect(self.pool, kernels_for(self.device, self.dtype))
-        self.store = AdapterStore(
-            self.host,
-            self.mixed.layers,
-            width,
-            self.dtype,
-            root=settings.adapters,
-            max_rank=settings.max_rank,
-            max_cells=cells - 1,
-            keep=settings.keep,
-        )
+        self.store = self.make_store(width, cells - 1)
         self.residents = Residents(self.pool)
         limits = Limits(
             cells=cells,
@@ -184,6 +175,24 @@ class Engine:
         except BaseException:
             self.close()
             raise
+
+    def make_guest(self) -> Mixed:
+        """What computes the adapters' part of a pass."""
+        return Mixed(MixedConfig(), self.host)
+
+    def make_store(self, width: int, max_cells: int) -> AdapterStore:
+        """Where adapters are registered."""
+        settings = self.settings
+        return AdapterStore(
+            self.host,
+            self.mixed.layers,
+            width,
+            self.dtype,
+            root=settings.adapters,
+            max_rank=settings.max_rank,
+            max_cells=max_cells,
+            keep=settings.keep,
+        )
 
     # ------------------------------------------------------------------ what users call
 
@@ -254,7 +263,10 @@ class Engine:
         if pieces:
             # Neighbours with the same adapters share their reading of them.
             pieces.sort(key=lambda piece: [(resident.id, weight) for resident, weight in piece[0].uses])
-            logits = self.forward(pieces)
+            try:
+                logits = self.forward(pieces)
+            except (RuntimeError, TargetError) as error:
+                return outputs + self.failed(pieces, error)
             rows = [row for row, (s, _) in enumerate(pieces) if s.request.computed == s.request.length]
             outputs += self.advance(
                 [pieces[row][0] for row in rows], logits[rows] if len(rows) < len(pieces) else logits
@@ -371,19 +383,18 @@ class Engine:
     def forward(self, pieces: list[tuple[Sequence, int]]) -> Tensor:
         """Compute the next n tokens of each sequence; the logits after each piece: (pieces, vocabulary)."""
         tokens: list[int] = []
-        positions, slots, seen = [], [], []
-        for sequence, count in pieces:
+        counts = [count for _, count in pieces]
+        slots = self.residents.alloc(sum(counts))
+        positions, seen = [], []
+        for (sequence, count), new in zip(pieces, np.split(slots, np.cumsum(counts)[:-1])):
             request, start = sequence.request, sequence.request.computed
-            new = self.residents.alloc(count)
             sequence.cells[sequence.used : sequence.used + count] = new
             sequence.used += count
             request.computed += count
             known = len(request.prompt)
             tokens += request.prompt[start : start + count] if start < known else [request.output[start - known]]
             positions.append(np.arange(start, start + count) + sequence.shift)
-            slots.append(new)
             seen.append(sequence.cells[: sequence.used])
-        counts = [count for _, count in pieces]
         sequences = Sequences(
             tokens=self.tensor(bounds(counts)),
             starts=self.tensor(bounds([len(cells) for cells in seen])),
@@ -393,7 +404,7 @@ class Engine:
         self.mixed.begin(
             [(sequence.uses, count) for sequence, count in pieces],
             sequences,
-            self.tensor(np.concatenate(slots).astype(np.int64)),
+            self.tensor(slots.astype(np.int64)),
         )
         last = self.tensor(bounds(counts)[1:].astype(np.int64) - 1)
         try:
@@ -402,6 +413,22 @@ class Engine:
             )
         finally:
             self.mixed.now = None
+
+    def failed(self, pieces: list[tuple[Sequence, int]], error: Exception) -> list[Output]:
+        """Undo a pass that broke. Short of memory, its largest piece is given up; otherwise all of it."""
+        for sequence, count in pieces:
+            self.pool.release(sequence.cells[sequence.used - count : sequence.used])
+            sequence.used -= count
+            sequence.request.computed -= count
+        given_up = [sequence.request for sequence, _ in pieces]
+        if isinstance(error, torch.OutOfMemoryError):
+            given_up = [max(pieces, key=lambda piece: piece[1])[0].request]
+        logger.error("a pass of %d requests failed, %d are given up: %s", len(pieces), len(given_up), error)
+        self.scheduler.finished(given_up)
+        kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+        return [
+            self.end(request, "error", f"The model could not compute this request ({kind}).") for request in given_up
+        ]
 
     def call(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         """Run the model on flat tokens: the logits at ``last``, (n, vocabulary)."""
@@ -418,7 +445,7 @@ class Engine:
         if not sequences:
             return []
         outputs, ended = [], []
-        choices = choose(logits.float(), [s.request for s in sequences], self.samplers)
+        choices = self.choose(logits, [s.request for s in sequences])
         for sequence, choice in zip(sequences, choices):
             request = sequence.request
             if choice.token is None:
@@ -443,6 +470,10 @@ class Engine:
                 outputs.append(Output(request.id, **what))
         self.scheduler.finished(ended)
         return outputs
+
+    def choose(self, logits: Tensor, requests: list[Request]) -> list[Choice]:
+        """The next token of every request."""
+        return choose(logits.float(), requests, self.samplers)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -127,11 +127,15 @@ class Mixed(Adapter):
                 merged.append((uses, count))
         key = tuple(merged)
         if key not in self.tables:
-            self.tables[key] = tabulate(merged, self.pool.data.device, self.pool.width)
+            self.tables[key] = self.tabulate(merged)
             if len(self.tables) > REMEMBERED:
                 self.tables.popitem(last=False)
         self.tables.move_to_end(key)
         self.now = Pass(sequences, slots, self.tables[key])
+
+    def tabulate(self, runs: Sequence[tuple[Uses, int]]) -> dict[str, Work]:
+        """What each site computes for these runs of tokens."""
+        return tabulate(runs, self.pool.data.device, self.pool.width)
 
     def forget(self) -> None:
         """Drop the tables: they keep evicted adapters' objects alive."""
@@ -187,8 +191,7 @@ class Mixed(Adapter):
         out = call(x, *args[1:], **kwargs) if args else call(**{**kwargs, next(iter(kwargs)): x})
         for item in work.products:
             if item.kind == "low_rank":
-                hidden = self.kernels.shrink(flat(x), self.pool.half(layer, KEYS), item.down)
-                self.kernels.expand(hidden, flat(out), self.pool.half(layer, VALUES), item.up)
+                self.add(path, item, flat(x), flat(out), layer)
             elif item.kind in ("after", "parallel"):
                 y = out[0] if isinstance(out, tuple) else out
                 out = plus(out, self.z(item, y if item.kind == "after" else x, layer, y.shape[-1]))
@@ -196,6 +199,11 @@ class Mixed(Adapter):
             if vectors.kind == "scale_output":
                 out = self.scaled(vectors, out, layer)
         return out
+
+    def add(self, path: str, item: Products, x: Tensor, y: Tensor, layer: int) -> None:
+        """y += s B A x, x: (T, in), y: (T, out)."""
+        hidden = self.kernels.shrink(x, self.pool.half(layer, KEYS), item.down)
+        self.kernels.expand(hidden, y, self.pool.half(layer, VALUES), item.up)
 
     def z(self, item: Products, x: Tensor, layer: int, width: int) -> Tensor:
         """s · U act(D x + b) + s · b', zero for tokens without: (…, width)."""

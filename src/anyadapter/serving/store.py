@@ -130,10 +130,14 @@ class AdapterStore:
         found = self.examine(name, folder)
         if check:
             self.pack(found)
-        if name in self.by_name:
-            self.packed.pop(self.by_name[name].id, None)
-        self.by_name[name] = found
+        self.enter(found)
         return found
+
+    def enter(self, found: Registered) -> None:
+        """Put an examined adapter under its name."""
+        if found.name in self.by_name:
+            self.packed.pop(self.by_name[found.name].id, None)
+        self.by_name[found.name] = found
 
     def unload(self, name: str) -> Registered:
         """Forget a name; requests in hand keep the adapter. Raises :class:`UnknownAdapterError`."""
@@ -223,7 +227,11 @@ class AdapterStore:
         except (TypeError, RuntimeError) as error:  # a setting of the wrong type that no check of its own caught
             raise ConfigError(f"{path}: no adapter can be made of its settings: {error}") from None
         check_tensors(adapter.tensors(), layout.read(config, meta, adapter))
-        return Template(adapter, layout, plan(adapter, self.host, self.layers, self.width, self.dtype))
+        return Template(adapter, layout, self.plan(adapter))
+
+    def plan(self, adapter: Adapter) -> Packing:
+        """How adapters like this one lie in the pool."""
+        return plan(adapter, self.host, self.layers, self.width, self.dtype)
 
     def check_base(self, ours: dict[str, Any]) -> None:
         expected = ours.get("base")
@@ -245,18 +253,22 @@ class AdapterStore:
         try:
             if stamp(found.folder) != found.stamp:
                 raise ArtefactError(f"The files of {found.name!r} have changed since it was loaded; load it again.")
-            with safe_open(found.folder / TENSORS, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = self.read(found)
         except OSError as error:
             raise ArtefactError(f"The files of {found.name!r} cannot be read: {error}") from None
-        if found.id not in self.checked and found.sha256 is not None and digest(tensors) != found.sha256:
-            raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
-        template = found.template
-        packed = template.packing.pack(template.layout.read({}, tensors, template.adapter))
+        packed = found.packing.pack(tensors)
         self.checked.add(found.id)
         if self.keep:
             self.packed[found.id] = packed.pin_memory() if torch.cuda.is_available() else packed
         return packed
+
+    def read(self, found: Registered) -> dict[str, Tensor]:
+        """An adapter's tensors, by its own names. The first time, they are compared with what was saved."""
+        with safe_open(found.folder / TENSORS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if found.id not in self.checked and found.sha256 is not None and digest(tensors) != found.sha256:
+            raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
+        return found.template.layout.read({}, tensors, found.template.adapter)
 
 
 def stamp(folder: Path) -> tuple[int, int]:
