@@ -25,8 +25,7 @@ CELL = 192  # SmolLM2-135M: 3 key heads of 64 numbers
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 WIDTHS = (576, 1536)
 RANKS: dict[str, tuple[int, ...]] = {"8": (8,), "16": (16,), "32": (32,), "64": (64,), "8 to 64": (8, 16, 32, 64)}
-SITES = 24  # so many lists of cells take turns, so that no call finds its rows in the cache
-POOL_BYTES = 1 << 30
+POOL_BYTES, TURN_BYTES = 1 << 30, 1 << 28  # calls on other cells take turns over so much, so that caches do not help
 
 
 def bounds(counts: list[int]) -> Tensor:
@@ -69,6 +68,9 @@ class Bench:
         cells = POOL_BYTES // (CELL * dtype.itemsize)
         self.pool = torch.randn(1 << 16, CELL, dtype=dtype, device=device).repeat(cells >> 16, 1)
 
+    def turns(self, numbers: int) -> int:
+        return -(-TURN_BYTES // (numbers * self.dtype.itemsize))
+
     def read(self) -> float:
         """GB/s of a plain read."""
         words = self.pool.flatten().view(torch.float32)
@@ -77,7 +79,7 @@ class Bench:
     def products(self, ranks: tuple[int, ...], width: int) -> tuple[float, float]:
         """GB/s of shrink and of expand."""
         each = [ranks[i % len(ranks)] for i in range(self.segments)]
-        sites = [rows_of(each, width, self.pool) for _ in range(SITES)]
+        sites = [rows_of(each, width, self.pool) for _ in range(self.turns(sum(each) * width))]
         x = torch.randn(self.segments, width, device=self.device).to(self.dtype)
         y, hidden = x.clone(), torch.randn(sum(each), device=self.device)
         size = sum(each) * width * self.dtype.itemsize / 1e9
@@ -92,7 +94,7 @@ class Bench:
         keys, values = self.pool.view(2, -1, KV_HEADS, HEAD_DIM)
         q = torch.randn(self.segments, HEADS, HEAD_DIM, device=self.device).to(self.dtype)
         calls = []
-        for _ in range(SITES):
+        for _ in range(self.turns(2 * sum(lengths) * CELL)):
             cells = scattered(sum(lengths), keys).to(self.device)
             batch = Sequences(one, starts, cells, longest=(max(lengths), 1))
             calls.append(lambda batch=batch: self.kernels.attend(q, keys, values, batch, scale=HEAD_DIM**-0.5))
@@ -126,12 +128,21 @@ def main() -> None:
                 bound = bench.read()
                 shrink, expand = bench.products(ranks, width)
                 both = 2 / (1 / shrink + 1 / expand)
-                cells = (name, kind, width, label, f"{bound:.1f}", *(share(rate, bound) for rate in (shrink, expand, both)))
+                cells = (
+                    name,
+                    kind,
+                    width,
+                    label,
+                    f"{bound:.1f}",
+                    *(share(rate, bound) for rate in (shrink, expand, both)),
+                )
                 lines.append(f"| {' | '.join(map(str, cells))} |")
                 print(lines[-1], flush=True)
         bound = bench.read()
         attend = share(bench.attention(256), bound)
-        lines.append(f"| {name} | {kind} | attend | 256 to {256 + 13 * (arguments.segments - 1)} cells | {bound:.1f} | {attend} | | |")
+        lines.append(
+            f"| {name} | {kind} | attend | 256 to {256 + 13 * (arguments.segments - 1)} cells | {bound:.1f} | {attend} | | |"
+        )
         print(lines[-1], flush=True)
         del bench
 

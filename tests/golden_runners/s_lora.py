@@ -126,7 +126,7 @@ def paging(case: Golden) -> None:
     dims = case.about["dims"]
     pool = Pool(dims["layers"], dims["pool"], dims["H"], torch.float16)
     store = AdapterStore(Host.of(llama(case, dims["layers"])), dims["layers"], dims["H"], torch.float16)
-    residents, tokens = Residents(pool), np.empty(0, dtype=np.int64)  # cells that sequences hold
+    residents, tokens = Residents(pool, together=False), np.empty(0, dtype=np.int64)  # cells that sequences hold
     with tempfile.TemporaryDirectory() as root:
         for index in range(len(dims["ranks"])):
             store.register(f"adA{index}-{index}", adapter_folder(case, index, Path(root)))
@@ -158,6 +158,7 @@ def mixed_batch(case: Golden) -> None:
     engine = Engine(model, settings=EngineSettings(cells=dims["pool"], read_ahead=False))
     table = case.tensors["out/page_table.a_loc"].numpy()
     engine.pool._take(np.setdiff1d(np.arange(table.max() + 1), table))  # cells that somebody else held
+    engine.residents.together = False
     with tempfile.TemporaryDirectory() as root, torch.inference_mode():
         for index in range(len(dims["ranks"])):
             adapter = engine.store.register(f"a{index}", adapter_folder(case, index, Path(root)))

@@ -17,6 +17,7 @@ from anyadapter.serving.loop import EngineLoop
 from anyadapter.serving.server import Process
 
 BASE = "smollm2"
+KEY, ADMIN = "sesame-for-users", "sesame-for-admins"
 
 
 class Live:
@@ -73,3 +74,34 @@ class Live:
 
 def completion(prompt: Any = "The capital of France is", tokens: int = 4, **more: Any) -> dict[str, Any]:
     return {"model": BASE, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
+
+
+def ask(live: Live, prompt: Any = "The capital of France is", tokens: int = 3, **more: Any) -> httpx.Response:
+    return live.http.post("/v1/completions", json={**completion(prompt, tokens), **more})
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    return body
+
+
+def raw(live: Live, body: bytes, length: int | None = None, path: str = "/v1/completions") -> socket.socket:
+    """A connection on which a request was sent."""
+    connection = socket.create_connection(("127.0.0.1", live.port))
+    connection.settimeout(20)
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
+    size = f"content-length: {len(body) if length is None else length}\r\n\r\n" if length != -1 else ""
+    connection.sendall(head.encode() + size.encode() + body)
+    return connection
+
+
+def raising(text: str) -> None:
+    raise KeyError(text)
+
+
+def stop_keeping(live: Live) -> None:
+    """Stop a server and leave its engine usable for another."""
+    live.engine.close, close = (lambda: None), live.engine.close  # type: ignore[method-assign]
+    live.stop()
+    live.engine.close = close  # type: ignore[method-assign]

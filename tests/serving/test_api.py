@@ -324,10 +324,9 @@ def test_no_request_that_fits_the_schema_fails_inside(live: Live) -> None:
     )
     @given(case=st.one_of([operation.as_strategy() for operation in operations]), known=st.booleans())
     def run(case: Any, known: bool) -> None:
-        if isinstance(case.body, dict):
-            if known and "model" in case.body:
-                case.body |= {**cheap, "model": BASE}
-                case.body.pop("max_completion_tokens", None)
+        if known and isinstance(case.body, dict) and "model" in case.body:
+            case.body |= {**cheap, "model": BASE}
+            case.body.pop("max_completion_tokens", None)
         response = case.call(headers={"authorization": f"Bearer {ADMIN}"})
         assert response.status_code < 500, response.text
 
@@ -356,8 +355,8 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(says: dict[str, str],
                 break
         assert '"adapter refused", "adapter": "bad-json"' in seen
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http, ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(http.post, "/v1/completions", json={**completion(PROMPT, 30), "model": "rome"})
-            with http.stream("POST", "/v1/completions", json=completion(PROMPT, 30, stream=True)) as response:
+            whole = pool.submit(http.post, "/v1/completions", json={**completion(PROMPT, 12), "model": "rome"})
+            with http.stream("POST", "/v1/completions", json=completion(PROMPT, 12, stream=True)) as response:
                 lines = response.iter_lines()
                 next(lines)
                 process.send_signal(signal.SIGTERM)
@@ -368,9 +367,9 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(says: dict[str, str],
                 assert http.get("/health").status_code == 200
                 rest = [line for line in lines if line]
             assert rest[-1] == "data: [DONE]"
-            assert len(rest) == 30, "the stream was cut"
+            assert len(rest) == 12, "the stream was cut"
             done = whole.result()
-            assert (done.status_code, done.json()["usage"]["completion_tokens"]) == (200, 30)
+            assert (done.status_code, done.json()["usage"]["completion_tokens"]) == (200, 12)
             assert done.json()["choices"][0]["text"].startswith(says["rome"])
         assert process.wait(20) == 0
     finally:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from bisect import bisect
 from collections.abc import Iterable
+
+MANY = 200  # names among which a near one is looked for
 
 
 class AnyAdapterError(Exception):
@@ -71,6 +74,9 @@ def near(name: str, known: Iterable[str], *, limit: int = 5) -> str:
     known = sorted(set(known))
     if not known:
         return "There are none."
+    if len(known) > MANY:  # likeness is slow to compute, and a typing error is mostly behind the first letters
+        at = bisect(known, name)
+        known = known[max(at - MANY // 2, 0) : at + MANY // 2]
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
     close += [k for k in known if name and k not in close and (name in k or k in name)][: limit - len(close)]
     if close:

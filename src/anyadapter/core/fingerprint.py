@@ -33,8 +33,11 @@ def fingerprint(host: Host) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(host: Host, expected: dict[str, Any]) -> None:
+def check_fingerprint(host: Host, expected: dict[str, Any], own: dict[str, Any] | None = None) -> None:
     """Compare a base with the fingerprint in an adapter's file.
+
+    Args:
+        own: the base's own fingerprint, where its values are not at hand because it is split over several devices.
 
     Raises:
         BaseMismatchError: a tensor is missing, has another shape or other values.
@@ -42,10 +45,11 @@ def check_fingerprint(host: Host, expected: dict[str, Any]) -> None:
     named = host.model.state_dict()
     trained_on = f"The adapter was trained on a {expected.get('class', 'different model')}"
     advice = "Load it on that base, or pass check_base=False if you know that the two are the same."
+    known = own["tensors"] if own else {}
     for name, sample in expected.get("tensors", {}).items():
         if name not in named:
             raise BaseMismatchError(f"{trained_on}, whose {name} does not exist in {host.describe()}. {advice}")
-        mine = _sample(named[name])
+        mine = known.get(name) or _sample(named[name])
         if mine["shape"] != sample["shape"]:
             raise BaseMismatchError(
                 f"{trained_on} whose {name} is {sample['shape']}; here it is {mine['shape']}. {advice}"
@@ -59,6 +63,7 @@ def check_fingerprint(host: Host, expected: dict[str, Any]) -> None:
 
 def _sample(tensor: torch.Tensor) -> dict[str, Any]:
     sample: dict[str, Any] = {"shape": list(tensor.shape)}
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of the same shape, from all devices
     if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
         flat = tensor.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, VALUES, dtype=torch.float64, device="cpu").long()

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from anyadapter.core.attach import NAME
-from anyadapter.core.errors import UnknownAdapterError, near
+from anyadapter.core.errors import near
 from anyadapter.serving.gate import ROUTES, Gate, ServerSettings, facts, scrub, unless_gone
 from anyadapter.serving.loop import EngineLoop, NotReadyError, Stream, trace
 from anyadapter.serving.metrics import Metrics
@@ -119,13 +119,11 @@ class Server:
         return {"id": registered.name, "created": int(registered.created), **common, **names}
 
     def registered(self, name: str) -> Any:
-        store = self.loop.check().store
-        try:
-            return store.get(name)
-        except UnknownAdapterError:
-            shown, known = name[:128], [self.settings.model_name, *store.by_name]
-            message = f"There is no model {shown!r}. {near(shown, known)}"
-            raise ApiError(404, message, param="model", code="model_not_found") from None
+        adapters = self.loop.check().store.by_name
+        if name in adapters:
+            return adapters[name]
+        message = f"There is no model {name[:128]!r}. {near(name[:128], [self.settings.model_name, *adapters])}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
     # ------------------------------------------------------------------ changing adapters
 

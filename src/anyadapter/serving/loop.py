@@ -29,6 +29,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CRASHES = 3  # steps in a row that may fail before the engine counts as broken
+LONGEST_STEP = 10.0  # seconds to wait for the thread at the end; it may be loading a model
 FRESH = 0.25  # seconds between two looks at the engine's numbers
 CRASHED = "The server failed while it worked on this request; nothing of it is kept. Send it again."
 LEAVING = "The server is shutting down; send the request again."
@@ -166,7 +167,7 @@ class EngineLoop:
             return found
 
         found = await self.aio.run_in_executor(self.admin, examine)
-        await self.call(partial(store.by_name.__setitem__, name, found))
+        await self.call(partial(store.enter, found))
         return found
 
     async def unload(self, name: str) -> Registered:
@@ -207,7 +208,7 @@ class EngineLoop:
         self.closing = True
         self.commands.put(lambda: None)
         if self.thread is not None:
-            await self.aio.run_in_executor(None, self.thread.join)
+            await self.aio.run_in_executor(None, self.thread.join, LONGEST_STEP)
         self.admin.shutdown(wait=False, cancel_futures=True)
 
     def deliver(self, outputs: list[Output]) -> None:

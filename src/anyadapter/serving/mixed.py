@@ -31,7 +31,14 @@ from anyadapter.serving.residents import Resident
 Uses = tuple[tuple[Resident, float], ...]  # the adapters of one request, and their weights
 REMEMBERED = 8  # passes whose tables are kept: decoding repeats the same rows step after step
 CORE_OPTIONS = {"scaling", "sliding_window", "softcap"}  # what we do of what a model tells its attention core
-CORE_OPTIONS |= {"is_causal", "dropout", "position_ids", "use_cache", "cache_position", "output_attentions"}  # and what is so
+CORE_OPTIONS |= {
+    "is_causal",
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+}  # and what is so
 
 
 @dataclass(frozen=True)

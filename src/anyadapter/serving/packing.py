@@ -234,7 +234,7 @@ def plan_scale(
 def plan_prefix(adapter: Prefix, packing: Packing, names: dict[int, str]) -> None:
     if adapter.config.projection is not None:
         raise TargetError("The prefix is still made by a network; call its fold() and save it again.")
-    prompt = adapter.prompt.weight
+    prompt: Any = adapter.prompt.weight
     if prompt.shape[1] != packing.layers * 2 * packing.width:
         raise TargetError("A served prefix is in front of every self-attention of the model, and of nothing else.")
     if adapter.config.whole:

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from anyadapter.serving.api import create_app
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.gate import ServerSettings
 from anyadapter.serving.loop import EngineLoop, trace
+from anyadapter.serving.policies import policy_named
 from anyadapter.training.base import load_base
 
 logger = logging.getLogger(__name__)
@@ -52,11 +54,14 @@ def serve(
         )
     if server.allow_adapter_updates and engine.adapters is None:
         raise ConfigError("--allow-adapter-updates needs --adapters, the only place that adapters are taken from.")
+    policy_named(engine.policy)  # known before the model is loaded
     logging.basicConfig(level=logging.INFO, handlers=[log_handler()], force=True)
     loop = EngineLoop(lambda: load(base, engine, server.model_name, dtype, device))
     process = Process(create_app(loop, server), loop, host, port, drain_seconds)
     loop.on_failure = process.stop
     process.run()
+    if loop.thread is not None and loop.thread.is_alive():  # still loading
+        os._exit(0)
     if loop.error is not None:
         raise loop.error
 
@@ -109,6 +114,7 @@ class Process(uvicorn.Server):
             server_header=False,
             timeout_graceful_shutdown=LAST_WORDS,
         )
+        logging.getLogger("uvicorn.access").disabled = True  # it would tell addresses; the gate's line takes its place
         super().__init__(config)
         self.engine_loop, self.drain_seconds = loop, drain_seconds
         self.leaving: asyncio.Task[None] | None = None
@@ -127,8 +133,7 @@ class Process(uvicorn.Server):
 
     def leave(self) -> None:
         if self.leaving is not None:
-            self.should_exit = self.force_exit = True
-            return
+            os._exit(1)  # not by way of the interpreter, which a thread in the middle of a pass would bring down
         logger.info(json.dumps({"event": "draining", "seconds": self.drain_seconds}))
         self.leaving = self.aio.create_task(self.engine_loop.drain(self.drain_seconds))
         self.leaving.add_done_callback(lambda _: self.stop())

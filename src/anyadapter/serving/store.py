@@ -136,7 +136,7 @@ class AdapterStore:
     def enter(self, found: Registered) -> None:
         """Put an examined adapter under its name."""
         if found.name in self.by_name:
-            self.packed.pop(self.by_name[found.name].id, None)
+            self.unload(found.name)
         self.by_name[found.name] = found
 
     def unload(self, name: str) -> Registered:
@@ -144,6 +144,7 @@ class AdapterStore:
         found = self.get(name)
         del self.by_name[name]
         self.packed.pop(found.id, None)
+        self.checked.discard(found.id)
         return found
 
     def scan(self) -> dict[str, str]:

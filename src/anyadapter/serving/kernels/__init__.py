@@ -77,7 +77,7 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype) -> Kernels:
             raise ConfigError(f"{VARIABLE}=native: {error}") from error
     if chosen == "triton":
         try:
-            return _triton(device)
+            return _triton()
         except ImportError as error:
             raise ConfigError(f"{VARIABLE}=triton: triton cannot be imported ({error})") from error
     raise ConfigError(f"{VARIABLE}={chosen!r}: expected torch, native or triton")
@@ -86,7 +86,7 @@ def kernels_for(device: torch.device | str, dtype: torch.dtype) -> Kernels:
 def _best(device: torch.device, dtype: torch.dtype) -> Kernels:
     try:
         if device.type == "cuda":
-            return _triton(device)
+            return _triton()
         if device.type == "cpu" and dtype in DTYPES:
             return Native(dtype)
     except (CompilerError, ImportError) as error:
@@ -94,10 +94,10 @@ def _best(device: torch.device, dtype: torch.dtype) -> Kernels:
     return Grouped()
 
 
-def _triton(device: torch.device) -> Kernels:
+def _triton() -> Kernels:
     from anyadapter.serving.kernels.triton import Triton
 
-    return Triton(device)
+    return Triton()
 
 
 @functools.cache

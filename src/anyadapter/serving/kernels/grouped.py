@@ -17,17 +17,13 @@ class Grouped:
 
     def shrink(self, x: Tensor, pool: Tensor, rows: Rows) -> Tensor:
         hidden = torch.empty(rows.total, dtype=torch.float32, device=x.device)
-        self.shrink_into(hidden, x, pool, rows)
-        return hidden
-
-    def shrink_into(self, hidden: Tensor, x: Tensor, pool: Tensor, rows: Rows, *, least: int = 1) -> None:
-        """Fill in the activations of the segments of ``least`` tokens and more."""
-        for token, row, at in groups(rows, least):
+        for token, row, at in groups(rows):
             a = matrices(pool, rows.cells[row], x.shape[-1])
             hidden[at] = (x[token].float() @ a.mT).flatten(1)
+        return hidden
 
-    def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows, *, least: int = 1) -> None:
-        for token, row, at in groups(rows, least):
+    def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows) -> None:
+        for token, row, at in groups(rows):
             b = matrices(pool, rows.cells[row], y.shape[-1])
             h = hidden[at].unflatten(1, (-1, row.shape[1])) * rows.scale[row][:, None]
             y[token] = (y[token] + h @ b).to(y.dtype)
@@ -61,13 +57,12 @@ class Grouped:
         least: int = 1,
     ) -> None:
         """Fill in the tokens of the sequences with ``least`` new ones and more."""
-        tokens, starts = sequences.tokens.tolist(), sequences.starts.tolist()
-        new = [b - a for a, b in zip(tokens, tokens[1:])]
+        new, have = sequences.tokens.diff().tolist(), sequences.starts.diff().tolist()
         single = [s for s, n in enumerate(new) if n == 1 and n >= least]
         many = [[s] for s, n in enumerate(new) if n > 1 and n >= least]
         for members in [single, *many] if single else many:
             n = new[members[0]]
-            cells = torch.tensor([starts[s + 1] - starts[s] for s in members], device=q.device)[:, None]
+            cells = torch.tensor([have[s] for s in members], device=q.device)[:, None]
             # Counted from the first cell that the first new token sees; no cell before it is read.
             first = (cells - n + 1 - window).clamp(min=0) if window else torch.zeros_like(cells)
             seen = cells - first
@@ -99,14 +94,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softc
     return out.unflatten(2, (sharing, n)).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def groups(rows: Rows, least: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def groups(rows: Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Indices of the tokens (batch, n), rows (batch, r) and activations (batch, n · r) of segments of one size."""
-    tokens, starts = rows.tokens.tolist(), rows.rows.tolist()
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for s in range(len(tokens) - 1):
-        n, r = tokens[s + 1] - tokens[s], starts[s + 1] - starts[s]
-        if r and n >= least:
-            alike[n, r].append(s)
+    for s, size in enumerate(zip(rows.tokens.diff().tolist(), rows.rows.diff().tolist())):
+        if all(size):
+            alike[size].append(s)
     for (n, r), members in alike.items():
         yield spans(rows.tokens, members, n), spans(rows.rows, members, r), spans(rows.hidden, members, n * r)
 

@@ -3,7 +3,7 @@
  * Decoding reads every row once for one token, so it is as fast as memory if reads are asked for early enough: cells lie
  * scattered, the hardware does not foresee them, and each loop asks for the rows after those it works on. Numbers are fp32,
  * or bf16 widened by a shift; sums are fp32. Work is split by its amount, not by segment: ranks and lengths differ.
- * Segments of `least` tokens and more are left to the caller; the functions return how many there were.
+ * Sequences of `least` new tokens and more are left to the caller, whose BLAS does better there.
  */
 #include <omp.h>
 #include <stdint.h>
@@ -166,25 +166,17 @@ INLINE void finish(char *to, const float *sums, float scale, int keep, long byte
     }
 
 typedef struct {
-    long segments, chunks, cell, stride, least; /* a cell's numbers; bytes from one to the next */
+    long segments, chunks, cell, stride; /* a cell's numbers; bytes from one to the next */
     const int32_t *tokens, *rows, *hidden, *cells;
     const float *scale;
     const char *pool;
 } Rows;
 
-INLINE long left(const Rows *r)
-{
-    long count = 0;
-    for (long s = 0; s < r->segments; s++)
-        count += r->tokens[s + 1] - r->tokens[s] >= r->least && r->rows[s + 1] > r->rows[s];
-    return count;
-}
-
 /* What one row costs: its bytes, and one product for each token. */
 INLINE long cost(const Rows *r, long s)
 {
     long tokens = r->tokens[s + 1] - r->tokens[s];
-    return tokens && tokens < r->least ? 4 + tokens : 0;
+    return tokens ? 4 + tokens : 0;
 }
 
 INLINE long costs(const Rows *r)
@@ -238,12 +230,11 @@ INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width,
     }
 }
 
-long shrink(const Rows *r, const char *x, long x_stride, long width, float *hidden, int half, int threads)
+void shrink(const Rows *r, const char *x, long x_stride, long width, float *hidden, int half, int threads)
 {
 #define PART(half) shrink_part(r, x, x_stride, width, hidden, thread, all, half)
     IN_THREADS(PART)
 #undef PART
-    return left(r);
 }
 
 /* Columns `start` to `stop` of one chunk of y for one segment. */
@@ -347,12 +338,11 @@ INLINE void expand_part(const Rows *r, const float *hidden, char *y, long y_stri
     }
 }
 
-long expand(const Rows *r, const float *hidden, char *y, long y_stride, long width, int half, int threads)
+void expand(const Rows *r, const float *hidden, char *y, long y_stride, long width, int half, int threads)
 {
 #define PART(half) expand_part(r, hidden, y, y_stride, width, thread, all, half)
     IN_THREADS(PART)
 #undef PART
-    return left(r);
 }
 
 typedef struct {

@@ -24,8 +24,7 @@ from anyadapter.serving.kernels.grouped import Grouped
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 DTYPES = (torch.float32, torch.bfloat16)
-# From this many tokens on, a segment's product is left to BLAS, and a sequence's attention to torch.
-LONG_SEGMENT, LONG_SEQUENCE = 64, 16
+LONG = 32  # from so many new tokens on, a sequence's attention is faster in torch
 SMALL = 1 << 15  # a product of fewer numbers than this is not worth waking a second thread
 
 
@@ -36,7 +35,7 @@ class CompilerError(AnyAdapterError, OSError):
 class CRows(ctypes.Structure):
     """``Rows`` of native.c."""
 
-    _fields_ = [(n, c_long) for n in ("segments", "chunks", "cell", "stride", "least")] + [
+    _fields_ = [(n, c_long) for n in ("segments", "chunks", "cell", "stride")] + [
         (n, c_void_p) for n in ("tokens", "rows", "hidden", "cells", "scale", "pool")
     ]
 
@@ -52,7 +51,7 @@ class CSequences(ctypes.Structure):
 
 
 class Native:
-    """Short segments in C; long ones, of which there are few, in torch.
+    """All products in C, and the attention of short sequences; that of long ones, of which there are few, in torch.
 
     Raises:
         CompilerError: when the C file cannot be compiled or loaded here.
@@ -67,14 +66,12 @@ class Native:
     def shrink(self, x: Tensor, pool: Tensor, rows: Rows) -> Tensor:
         hidden = torch.empty(rows.total)
         arguments = x.data_ptr(), x.stride(0) * self.size, x.shape[1], hidden.data_ptr(), self.half
-        if self.library.shrink(self._rows(pool, rows), *arguments, threads(rows.total * x.shape[1])):
-            self.grouped.shrink_into(hidden, x, pool, rows, least=LONG_SEGMENT)
+        self.library.shrink(self._rows(pool, rows), *arguments, threads(rows.total * x.shape[1]))
         return hidden
 
     def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows) -> None:
         arguments = hidden.data_ptr(), y.data_ptr(), y.stride(0) * self.size, y.shape[1], self.half
-        if self.library.expand(self._rows(pool, rows), *arguments, threads(rows.total * y.shape[1])):
-            self.grouped.expand(hidden, y, pool, rows, least=LONG_SEGMENT)
+        self.library.expand(self._rows(pool, rows), *arguments, threads(rows.total * y.shape[1]))
 
     def _rows(self, pool: Tensor, rows: Rows) -> CRows:
         bounds = rows.tokens.data_ptr(), rows.rows.data_ptr(), rows.hidden.data_ptr()
@@ -84,7 +81,6 @@ class Native:
             chunks,
             pool.shape[1],
             pool.stride(0) * self.size,
-            LONG_SEGMENT,
             *bounds,
             rows.cells.data_ptr(),
             rows.scale.data_ptr(),
@@ -111,7 +107,7 @@ class Native:
             heads // keys.shape[1],
             dim,
             keys.stride(0) * self.size,
-            LONG_SEQUENCE,
+            LONG,
             window or 0,
             sequences.tokens.data_ptr(),
             sequences.starts.data_ptr(),
@@ -123,9 +119,10 @@ class Native:
         )
         count = threads(len(sequences.cells) * keys.stride(0))
         self.library.attend(described, q.data_ptr(), q.stride(0) * self.size, out.data_ptr(), self.half, count)
-        if sequences.longest[1] >= LONG_SEQUENCE:
-            options = {"scale": scale, "window": window, "softcap": softcap}
-            self.grouped.attend_into(out, q, keys, values, sequences, least=LONG_SEQUENCE, **options)
+        if sequences.longest[1] >= LONG:
+            self.grouped.attend_into(
+                out, q, keys, values, sequences, scale=scale, window=window, softcap=softcap, least=LONG
+            )
         return out
 
 
@@ -149,8 +146,7 @@ def library() -> ctypes.CDLL:
     loaded.shrink.argtypes = [rows, c_void_p, c_long, c_long, c_void_p, c_int, c_int]
     loaded.expand.argtypes = [rows, c_void_p, c_void_p, c_long, c_long, c_int, c_int]
     loaded.attend.argtypes = [sequences, c_void_p, c_long, c_void_p, c_int, c_int]
-    loaded.shrink.restype = loaded.expand.restype = c_long
-    loaded.attend.restype = None
+    loaded.shrink.restype = loaded.expand.restype = loaded.attend.restype = None
     return loaded
 
 
@@ -176,7 +172,10 @@ def build(compiler: list[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         object_file, made = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         openmp = [] if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ["-fopenmp"]
-        for step in (["-c", str(SOURCE), *FLAGS, "-o", str(object_file)], ["-shared", str(object_file), *openmp, "-o", str(made)]):
+        for step in (
+            ["-c", str(SOURCE), *FLAGS, "-o", str(object_file)],
+            ["-shared", str(object_file), *openmp, "-o", str(made)],
+        ):
             subprocess.run([*compiler, *step], check=True, capture_output=True, text=True, timeout=300)
         os.replace(made, file)  # whole or not at all, also when two processes build at once
     return file
@@ -189,7 +188,9 @@ def cache() -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = folder.stat()
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise CompilerError(f"{folder} can be written by others; a library is not loaded from there. Run chmod go-w on it.")
+        raise CompilerError(
+            f"{folder} can be written by others; a library is not loaded from there. Run chmod go-w on it."
+        )
     return folder
 
 
@@ -199,4 +200,6 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.platform() + platform.processor()
-    return "\n".join(sorted({line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))}))
+    return "\n".join(
+        sorted({line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))})
+    )

@@ -1,0 +1,575 @@
+"""Several engines behind one address: who serves which request, and what happens when one of them dies.
+
+A replica is the whole HTTP application with an engine of its own. :class:`Router` chooses among replicas and is pure Python;
+:class:`Front` passes HTTP requests on and repeats them elsewhere when a replica fails; at the end is what runs both on Ray
+Serve (extra ``cluster``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from anyadapter.core.adapter import Settings
+from anyadapter.core.errors import AnyAdapterError
+from anyadapter.serving.gate import ServerSettings, respond
+from anyadapter.serving.protocol import ApiError, event
+
+if TYPE_CHECKING:
+    from anyadapter.serving.engine import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+CHANGES = ("POST", "PUT", "DELETE")  # methods that change adapters where the path is one of theirs
+READY_SECONDS = 5.0  # in which a replica says that it is ready
+NOT_NOW = (429, 503)  # a replica that is full, loading or leaving: another one may do it
+
+
+# -------------------------------------------------------------------------- who serves what
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings(Settings):
+    """How requests are spread.
+
+    Attributes:
+        slack: a replica is overloaded when it has this many times the average number of requests in hand.
+        unloaded: a replica with fewer requests in hand than this never is.
+        remember: how many adapters a replica is believed to hold; only the reported hit rate depends on it.
+        probe: seconds between two looks whether a replica that failed is back.
+        tries: replicas that may fail under one request. More, and a request that kills its server would kill them all.
+    """
+
+    slack: float = 1.25
+    unloaded: int = 8
+    remember: int = 64
+    probe: float = 1.0
+    tries: int = 2
+
+    def __post_init__(self) -> None:
+        self.require("slack", math.isfinite(self.slack) and self.slack >= 1, "a finite number of at least 1")
+        self.require("probe", math.isfinite(self.probe) and self.probe > 0, "a finite number above 0")
+        for name in ("unloaded", "remember", "tries"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(eq=False)
+class Standing:
+    """What the router knows of a replica.
+
+    Attributes:
+        load: requests in hand.
+        adapters: those it served last, least recent first.
+        down: it is not asked until it is back.
+    """
+
+    load: int = 0
+    adapters: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    down: bool = False
+
+
+class Router:
+    """Chooses a replica for each request; not thread-safe.
+
+    An adapter's replicas are in an order of their own, by rendezvous hashing (Thaler and Ravishankar 1998): a replica that
+    comes or goes moves only the adapters it is first for. The first one that is not overloaded serves (bounded loads,
+    Mirrokni et al. 2016), so that a hot adapter comes to be on as many replicas as it needs, always the same ones. A request
+    for the base goes to the least loaded.
+
+    Args:
+        names: of the replicas; they keep them when they start again.
+    """
+
+    def __init__(self, names: Iterable[str], settings: RouterSettings | None = None) -> None:
+        self.settings = settings or RouterSettings()
+        self.replicas = {name: Standing() for name in names}
+        self.hits = self.misses = self.failures = 0
+        self.order = lru_cache(maxsize=1 << 16)(self._order)
+
+    def add(self, name: str) -> None:
+        """One more replica."""
+        self.replicas.setdefault(name, Standing())
+        self.order.cache_clear()
+
+    def remove(self, name: str) -> None:
+        """One less; what it has in hand may end."""
+        self.replicas.pop(name, None)
+        self.order.cache_clear()
+
+    def choose(self, adapter: str | None, without: Iterable[str] = ()) -> str | None:
+        """The replica for a request; None when all are down or in ``without``."""
+        excluded = set(without)
+        loads = {
+            name: replica.load for name, replica in self.replicas.items() if not replica.down and name not in excluded
+        }
+        if not loads:
+            return None
+        bound = self.bound(loads.values())
+        if adapter is not None:
+            for name in self.order(adapter):
+                if name in loads and loads[name] < bound:
+                    return name
+        return min(loads, key=loads.__getitem__)
+
+    def bound(self, loads: Collection[int]) -> int:
+        """Requests in hand at which a replica is overloaded."""
+        return max(self.settings.unloaded, math.ceil(self.settings.slack * (sum(loads) + 1) / len(loads)))
+
+    def begin(self, name: str) -> None:
+        """A request goes to this replica."""
+        self.replicas[name].load += 1
+
+    def served(self, name: str, adapter: str | None) -> None:
+        """It has taken the request."""
+        if adapter is None or name not in self.replicas:
+            return
+        adapters = self.replicas[name].adapters
+        if adapter in adapters:
+            self.hits += 1
+        else:
+            self.misses += 1
+        adapters[adapter] = None
+        adapters.move_to_end(adapter)
+        if len(adapters) > self.settings.remember:
+            adapters.popitem(last=False)
+
+    def end(self, name: str) -> None:
+        """It has answered, or will not."""
+        if name in self.replicas:
+            self.replicas[name].load -= 1
+
+    def fail(self, name: str) -> None:
+        """It died under a request. When it is back, it holds no adapters."""
+        if name in self.replicas:
+            self.failures += 1
+            self.replicas[name].down = True
+            self.replicas[name].adapters.clear()
+
+    def rest(self, name: str) -> None:
+        """It takes no requests now."""
+        if name in self.replicas:
+            self.replicas[name].down = True
+
+    def back(self, name: str) -> None:
+        """It takes requests again."""
+        if name in self.replicas:
+            self.replicas[name].down = False
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for whoever watches."""
+        routed = self.hits + self.misses
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "hit_rate": self.hits / routed if routed else None,
+            "failures": self.failures,
+            "down": [name for name, replica in self.replicas.items() if replica.down],
+            "load": {name: replica.load for name, replica in self.replicas.items()},
+        }
+
+    def _order(self, adapter: str) -> tuple[str, ...]:
+        """All replicas, the adapter's own first."""
+        return tuple(sorted(self.replicas, key=lambda name: (weight(adapter, name), name), reverse=True))
+
+
+def weight(adapter: str, replica: str) -> bytes:
+    """A number that is as good as random, and the same in every process."""
+    return blake2b(adapter.encode(), digest_size=8, salt=blake2b(replica.encode(), digest_size=16).digest()).digest()
+
+
+# -------------------------------------------------------------------------- passing requests on
+
+
+@dataclass(frozen=True)
+class Message:
+    """An HTTP request, as it is passed on."""
+
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Head:
+    """How an answer begins."""
+
+    status: int
+    headers: list[tuple[str, str]]
+
+
+class Replica(Protocol):
+    """Where requests are passed on to."""
+
+    def ask(self, message: Message) -> AsyncIterator[Head | bytes]:
+        """The head, then the body piece by piece. Raises whatever it likes when the replica is not there (any more)."""
+        ...
+
+
+class Front:
+    """Passes each request to a replica, and to another one while nothing of the answer has been delivered.
+
+    An answer that is not streamed is delivered as a whole, so it can always be repeated; a streamed one up to its first
+    token. A replica that is full is not asked again under the same request; one that dies or is not ready is asked nothing but
+    whether it is ready, until it is. Routes that change adapters go to all replicas.
+
+    Args:
+        replicas: by name.
+        model_name: the base's name in requests.
+        max_body: bytes of a request.
+    """
+
+    def __init__(
+        self,
+        replicas: Mapping[str, Replica],
+        *,
+        model_name: str,
+        max_body: int = 1 << 20,
+        settings: RouterSettings | None = None,
+    ) -> None:
+        self.replicas, self.model_name, self.max_body = replicas, model_name, max_body
+        self.router = Router(replicas, settings)
+        self.probes: dict[str, asyncio.Task[None]] = {}
+
+    async def answer(self, http: Request) -> Response:
+        """Answer one HTTP request."""
+        try:
+            if http.url.path == "/cluster":
+                return JSONResponse(self.router.stats())
+            body = await self.body(http)
+            headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in http.scope["headers"]]
+            message = Message(http.method, http.url.path, http.url.query, headers, body)
+            if http.method in CHANGES and http.url.path.startswith("/v1/adapters"):
+                return await self.everywhere(message)
+            return await self.somewhere(message)
+        except ApiError as error:
+            return respond(error)
+        except ClientDisconnect:
+            return Response(status_code=499)
+
+    async def body(self, http: Request) -> bytes:
+        parts, size = [], 0
+        async for part in http.stream():
+            size += len(part)
+            if size > self.max_body:
+                raise ApiError(413, f"The request has more bytes than this server takes ({self.max_body}).")
+            parts.append(part)
+        return b"".join(parts)
+
+    def adapter_of(self, body: bytes) -> tuple[str | None, bool]:
+        """The adapters a request asks for, as one name, and whether it wants a stream. Replicas say what is wrong with it."""
+        try:
+            asked = json.loads(body)
+            named = asked.get("adapters") or ([] if asked.get("model") == self.model_name else [asked.get("model")])
+            return "+".join(sorted(map(str, named))) or None, asked.get("stream") is True
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            return None, False
+
+    async def somewhere(self, message: Message) -> Response:
+        """One replica's answer."""
+        adapter, streamed = self.adapter_of(message.body)
+        tried: list[str] = []
+        failed, refusal = 0, None
+        while (name := self.router.choose(adapter, tried)) is not None and failed < self.router.settings.tries:
+            tried.append(name)
+            self.router.begin(name)
+            answer = Answer(self.replicas[name].ask(message), partial(self.router.end, name))
+            try:
+                await answer.begin(whole=not streamed)
+            except Exception as error:
+                await answer.close()
+                self.failed(name)
+                failed += 1
+                logger.warning(json.dumps({"event": "replica failed", "replica": name, "error": type(error).__name__}))
+                continue
+            except BaseException:  # the client is gone
+                await answer.close()
+                raise
+            if answer.head.status not in NOT_NOW:
+                self.router.served(name, adapter)
+                return answer.response(partial(self.failed, name))
+            refusal = await answer.whole()
+            if answer.head.status == 503:
+                self.rest(name)
+        if refusal is not None and not failed:
+            return refusal
+        raise ApiError(503, "No replica could answer. Send the request again.", retry=1.0)
+
+    def failed(self, name: str) -> None:
+        """A replica died; look from time to time whether it is back."""
+        self.router.fail(name)
+        self.rest(name)
+
+    def rest(self, name: str) -> None:
+        self.router.rest(name)
+        if name not in self.probes:
+            self.probes[name] = asyncio.create_task(self.probe(name))
+
+    async def probe(self, name: str) -> None:
+        """Wait until a replica is ready."""
+        while self.router.replicas[name].down:
+            await asyncio.sleep(self.router.settings.probe)
+            answer = Answer(self.replicas[name].ask(Message("GET", "/ready", "", [], b"")), lambda: None)
+            try:
+                await asyncio.wait_for(answer.begin(whole=True), READY_SECONDS)
+                if answer.head.status == 200:
+                    self.router.back(name)
+            except Exception as error:
+                logger.debug("%s is not back: %s", name, type(error).__name__)
+            finally:
+                await answer.close()
+        del self.probes[name]
+
+    async def everywhere(self, message: Message) -> Response:
+        """Change adapters on all replicas; the answer is the worst of theirs."""
+
+        async def one(name: str) -> Response:
+            answer = Answer(self.replicas[name].ask(message), lambda: None)
+            try:
+                await answer.begin(whole=True)
+                return await answer.whole()
+            except Exception:
+                await answer.close()
+                self.failed(name)
+                why = f"The replica {name} failed; others may have made the change. Send it again when it is back."
+                return respond(ApiError(503, why, retry=1.0))
+
+        answers = await asyncio.gather(*map(one, self.replicas))
+        return max(answers, key=lambda answer: answer.status_code)
+
+
+class Answer:
+    """A replica's answer on its way to the client."""
+
+    def __init__(self, pieces: AsyncIterator[Head | bytes], done: Callable[[], None]) -> None:
+        self.pieces, self.done = pieces, done
+        self.parts: list[bytes] = []
+        self.head: Head
+
+    async def begin(self, *, whole: bool) -> None:
+        """Wait for the head and the first piece of the body, or for all of it."""
+        head = await self.pieces.__anext__()
+        assert isinstance(head, Head)
+        self.head = head
+        async for part in self.pieces:
+            self.parts.append(part)  # type: ignore[arg-type]
+            if not whole and head.status == 200:
+                return
+
+    async def whole(self) -> Response:
+        """The response, when its body is there or short."""
+        async for part in self.pieces:
+            self.parts.append(part)  # type: ignore[arg-type]
+        await self.close()
+        return self.dressed(Response(b"".join(self.parts), self.head.status))
+
+    def response(self, fail: Callable[[], None]) -> Response:
+        return self.dressed(StreamingResponse(self.body(fail), self.head.status))
+
+    def dressed(self, response: Response) -> Response:
+        own = ("content-length", "transfer-encoding", "connection", "date", "server")
+        for name, value in self.head.headers:
+            if name.lower() not in own:
+                response.headers[name] = value
+        return response
+
+    async def body(self, fail: Callable[[], None]) -> AsyncIterator[bytes]:
+        """What is there, then the rest. A stream that breaks off ends with an error, without ``[DONE]``."""
+        try:
+            for part in self.parts:
+                yield part
+            async for piece in self.pieces:
+                yield piece  # type: ignore[misc]
+        except Exception:
+            fail()
+            yield event(ApiError(502, "The server failed while it worked on this request. Send it again.").body())
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        done, self.done = self.done, lambda: None
+        done()
+        close: Callable[[], Awaitable[None]] | None = getattr(self.pieces, "aclose", None)
+        if close is not None:
+            await close()
+
+
+# -------------------------------------------------------------------------- a replica in this process
+
+
+class Inside:
+    """An ASGI application of this process as a replica."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def ask(self, message: Message) -> AsyncIterator[Head | bytes]:
+        """The application's answer; closing the iterator is the client's going away."""
+        sent: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(maxsize=64)
+        gone, begun = asyncio.Event(), False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal begun
+            if not begun:
+                begun = True
+                return {"type": "http.request", "body": message.body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> None:
+            try:
+                await self.app(scope_of(message), receive, sent.put)
+            finally:
+                await sent.put(None)
+
+        task = asyncio.ensure_future(run())
+        try:
+            while (piece := await sent.get()) is not None:
+                if piece["type"] == "http.response.start":
+                    headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in piece["headers"]]
+                    yield Head(piece["status"], headers)
+                elif piece.get("body"):
+                    yield piece["body"]
+            await task
+        finally:
+            gone.set()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def scope_of(message: Message) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": message.method,
+        "scheme": "http",
+        "path": message.path,
+        "raw_path": message.path.encode(),
+        "query_string": message.query.encode(),
+        "root_path": "",
+        "headers": [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in message.headers],
+        "client": ("127.0.0.1", 0),
+        "server": ("127.0.0.1", 0),
+    }
+
+
+# -------------------------------------------------------------------------- on Ray Serve
+
+
+class RayReplica:
+    """A Ray Serve deployment: the application with an engine of its own. It fails its health check when the engine has failed,
+    and Ray starts it again.
+
+    Args:
+        make: makes the engine, in the replica's process.
+    """
+
+    def __init__(self, make: Callable[[], Any], server: Mapping[str, Any]) -> None:
+        from anyadapter.serving.api import create_app
+        from anyadapter.serving.loop import EngineLoop
+
+        self.loop = EngineLoop(make)
+        self.inside = Inside(create_app(self.loop, ServerSettings(**server)))
+        self.started = False
+
+    async def ask(self, message: Message) -> AsyncIterator[Head | bytes]:
+        """One request's answer."""
+        await self.check_health()
+        async for piece in self.inside.ask(message):
+            yield piece
+
+    async def check_health(self) -> None:
+        """Asked by Ray from time to time; also starts the engine's thread, in the event loop that requests are in."""
+        if not self.started:
+            self.started = True
+            self.loop.start()
+        if self.loop.error is not None:
+            raise AnyAdapterError("The engine has failed.")
+
+
+class RayFront:
+    """A Ray Serve deployment: the front, with a handle to each replica."""
+
+    def __init__(self, handles: Sequence[Any], settings: Mapping[str, Any], **front: Any) -> None:
+        replicas = {f"replica-{i}": Handle(handle) for i, handle in enumerate(handles)}
+        self.front = Front(replicas, settings=RouterSettings(**settings), **front)
+
+    async def __call__(self, http: Request) -> Response:
+        return await self.front.answer(http)
+
+
+class Handle:
+    """A replica, reached through Ray."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle.options(stream=True)
+
+    async def ask(self, message: Message) -> AsyncIterator[Head | bytes]:
+        answer = self.handle.ask.remote(message)
+        try:
+            async for piece in answer:
+                yield piece
+        finally:
+            answer.cancel()  # nothing, once it has ended
+
+
+def deploy(
+    make: Callable[[], Any],
+    server: ServerSettings,
+    *,
+    replicas: int,
+    settings: RouterSettings | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    resources: Mapping[str, Any] | None = None,
+) -> None:
+    """Run replicas and a front on Ray Serve, in the cluster that this process is connected to, or in a new local one.
+
+    Each replica is a deployment of its own, so that it keeps its name, and with it its adapters, when Ray starts it again.
+
+    Args:
+        make: makes an engine; called in each replica.
+        replicas: how many.
+        resources: of a replica, as Ray's ``ray_actor_options``: ``{"num_gpus": 1}``.
+    """
+    from ray import serve as ray_serve
+
+    serve: Any = ray_serve
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    options = {"num_cpus": 1, **(resources or {})}
+    handles = []
+    for i in range(replicas):
+        deployment = serve.deployment(RayReplica).options(
+            name=f"replica-{i}",
+            num_replicas=1,
+            max_ongoing_requests=10_000,  # the engine has a queue of its own
+            ray_actor_options=options,
+            health_check_period_s=2,
+        )
+        handles.append(deployment.bind(make, asdict(server)))
+    front = serve.deployment(RayFront).options(
+        name="front", num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+    )
+    router = asdict(settings or RouterSettings())
+    app = front.bind(handles, router, model_name=server.model_name, max_body=server.max_body)
+    serve.run(app, name="anyadapter", route_prefix="/")
+
+
+def engine_of(base: str, engine: EngineSettings, name: str, dtype: str | None, device: str | None) -> Callable[[], Any]:
+    """What makes a served base's engine, for :func:`deploy`."""
+    from anyadapter.serving.server import load
+
+    return partial(load, base, engine, name, dtype, device)
