@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of adapter matrices that tokens read at one site.
 
@@ -32,7 +32,7 @@ class Rows:
     total: int  # N, known without asking the device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sequences:
     """The keys and values that tokens see: one segment a request.
 

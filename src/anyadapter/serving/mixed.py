@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,12 +66,18 @@ class Factors:
     width: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """All that a site computes besides the module itself."""
 
     products: list[Products]
     factors: list[Factors]
+
+    @cached_property
+    def plain(self) -> Products | None:
+        """The one low-rank product, where there is nothing else: the common case, worth a short way."""
+        only = self.products[0] if len(self.products) == 1 and not self.factors else None
+        return only if only is not None and only.kind == "low_rank" else None
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,10 @@ class Mixed(Adapter):
         if work is None:
             return call(*args, **kwargs)
         x = first(args, kwargs)
+        if work.plain is not None:
+            out = call(x)
+            self.add(path, work.plain, flat(x), flat(out), layer)
+            return out
         for vectors in work.factors:
             if vectors.kind == "scale_input":
                 x = self.scaled(vectors, x, layer)
@@ -209,8 +219,8 @@ class Mixed(Adapter):
 
     def add(self, path: str, item: Products, x: Tensor, y: Tensor, layer: int) -> None:
         """y += s B A x, x: (T, in), y: (T, out)."""
-        hidden = self.kernels.shrink(x, self.pool.half(layer, KEYS), item.down)
-        self.kernels.expand(hidden, y, self.pool.half(layer, VALUES), item.up)
+        keys, values = self.pool.halves[layer]
+        self.kernels.add(x, y, keys, values, item.down, item.up)
 
     def z(self, item: Products, x: Tensor, layer: int, width: int) -> Tensor:
         """s · U act(D x + b) + s · b', zero for tokens without: (…, width)."""

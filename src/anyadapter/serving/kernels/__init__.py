@@ -38,6 +38,10 @@ class Kernels(Protocol):
         """y_t += Σ_j scale_j · hidden_tj · row_j for y: (T, out), in place; summed in fp32, rounded once."""
         ...
 
+    def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
+        """Both, as a LoRA needs them: ``expand(shrink(x, keys, down), y, values, up)``."""
+        ...
+
     def attend(
         self,
         q: Tensor,

@@ -28,6 +28,9 @@ class Grouped:
             h = hidden[at].unflatten(1, (-1, row.shape[1])) * rows.scale[row][:, None]
             y[token] = (y[token] + h @ b).to(y.dtype)
 
+    def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
+        self.expand(self.shrink(x, keys, down), y, values, up)
+
     def attend(
         self,
         q: Tensor,

@@ -345,6 +345,22 @@ void expand(const Rows *r, const float *hidden, char *y, long y_stride, long wid
 #undef PART
 }
 
+/* Both, one after the other: y += rows of `up` times (rows of `down` times x). Threads meet once in between. */
+void add(const Rows *down, const Rows *up, const char *down_pool, const char *up_pool, const char *x, long x_stride,
+         long x_width, float *hidden, char *y, long y_stride, long y_width, int half, int threads)
+{
+    Rows first = *down, second = *up;
+    first.pool = down_pool, second.pool = up_pool;
+#define PART(half)                                                        \
+    do {                                                                  \
+        shrink_part(&first, x, x_stride, x_width, hidden, thread, all, half); \
+        _Pragma("omp barrier")                                            \
+        expand_part(&second, hidden, y, y_stride, y_width, thread, all, half); \
+    } while (0)
+    IN_THREADS(PART)
+#undef PART
+}
+
 typedef struct {
     long segments, kv_heads, sharing, dim, stride, least, window; /* query heads to a key head; bytes of a cell; 0: none */
     const int32_t *tokens, *starts, *cells;

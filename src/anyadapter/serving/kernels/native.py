@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -62,30 +64,56 @@ class Native:
         self.half = int(dtype is torch.bfloat16)
         self.size = dtype.itemsize
         self.grouped = Grouped()
+        self.described: WeakKeyDictionary[Rows, CRows] = WeakKeyDictionary()
 
     def shrink(self, x: Tensor, pool: Tensor, rows: Rows) -> Tensor:
         hidden = torch.empty(rows.total)
+        described = self.describe(rows, pool)
+        described.pool = pool.data_ptr()
         arguments = x.data_ptr(), x.stride(0) * self.size, x.shape[1], hidden.data_ptr(), self.half
-        self.library.shrink(self._rows(pool, rows), *arguments, threads(rows.total * x.shape[1]))
+        self.library.shrink(described, *arguments, threads(rows.total * x.shape[1]))
         return hidden
 
     def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows) -> None:
+        described = self.describe(rows, pool)
+        described.pool = pool.data_ptr()
         arguments = hidden.data_ptr(), y.data_ptr(), y.stride(0) * self.size, y.shape[1], self.half
-        self.library.expand(self._rows(pool, rows), *arguments, threads(rows.total * y.shape[1]))
+        self.library.expand(described, *arguments, threads(rows.total * y.shape[1]))
 
-    def _rows(self, pool: Tensor, rows: Rows) -> CRows:
-        bounds = rows.tokens.data_ptr(), rows.rows.data_ptr(), rows.hidden.data_ptr()
-        segments, chunks = len(rows.tokens) - 1, rows.cells.shape[1]
-        return CRows(
-            segments,
-            chunks,
-            pool.shape[1],
-            pool.stride(0) * self.size,
-            *bounds,
-            rows.cells.data_ptr(),
-            rows.scale.data_ptr(),
-            pool.data_ptr(),
+    def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
+        hidden = torch.empty(down.total)
+        self.library.add(
+            self.describe(down, keys),
+            self.describe(up, values),
+            keys.data_ptr(),
+            values.data_ptr(),
+            x.data_ptr(),
+            x.stride(0) * self.size,
+            x.shape[1],
+            hidden.data_ptr(),
+            y.data_ptr(),
+            y.stride(0) * self.size,
+            y.shape[1],
+            self.half,
+            threads(down.total * (x.shape[1] + y.shape[1])),
         )
+
+    def describe(self, rows: Rows, pool: Tensor) -> CRows:
+        """The structure for C, made once for all layers that share the table; its ``pool`` is that of one layer."""
+        found = self.described.get(rows)
+        if found is None:
+            bounds = rows.tokens.data_ptr(), rows.rows.data_ptr(), rows.hidden.data_ptr()
+            found = self.described[rows] = CRows(
+                len(rows.tokens) - 1,
+                rows.cells.shape[1],
+                pool.shape[1],
+                pool.stride(0) * self.size,
+                *bounds,
+                rows.cells.data_ptr(),
+                rows.scale.data_ptr(),
+                pool.data_ptr(),
+            )
+        return found
 
     def attend(
         self,
@@ -145,8 +173,10 @@ def library() -> ctypes.CDLL:
     rows, sequences = POINTER(CRows), POINTER(CSequences)
     loaded.shrink.argtypes = [rows, c_void_p, c_long, c_long, c_void_p, c_int, c_int]
     loaded.expand.argtypes = [rows, c_void_p, c_void_p, c_long, c_long, c_int, c_int]
+    matrix: tuple[Any, ...] = (c_void_p, c_long, c_long)
+    loaded.add.argtypes = [rows, rows, c_void_p, c_void_p, *matrix, c_void_p, *matrix, c_int, c_int]
     loaded.attend.argtypes = [sequences, c_void_p, c_long, c_void_p, c_int, c_int]
-    loaded.shrink.restype = loaded.expand.restype = loaded.attend.restype = None
+    loaded.shrink.restype = loaded.expand.restype = loaded.add.restype = loaded.attend.restype = None
     return loaded
 
 

@@ -168,6 +168,9 @@ class Triton:
                 PRECISION=precision(y.dtype),
             )  # fmt: skip
 
+    def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
+        self.expand(self.shrink(x, keys, down), y, values, up)
+
     def attend(
         self,
         q: Tensor,
