@@ -93,7 +93,7 @@ class System:
         system: the name its authors gave it.
         modality: what kind of base it adapts.
         status: ``implemented`` only with golden tests, an example and a docs page; ``partial`` where some variants run.
-        methods: the methods it is built of, as far as they exist.
+        methods: the methods it is built of, or serves, as far as they exist.
         hosts: the families it was tested on.
         note: what a user must know of the status.
     """
@@ -153,7 +153,15 @@ SYSTEMS: tuple[System, ...] = (
     System("mhr", "Poly / Multi-Head Routing", "language"),
     System("generative-adapter", "GenerativeAdapter", "language"),
     System("raft", "RAFT", "language"),
-    System("s-lora", "S-LoRA", "serving"),
+    System(
+        "s-lora",
+        "S-LoRA",
+        "serving",
+        status="partial",
+        methods=("lora", "ia3", "bottleneck", "prefix"),
+        hosts=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "opt"),
+        note="an engine and a server for adapters of these methods; not yet run on a GPU",
+    ),
     System("binary-adapters", "Bi-Adapters", "vision and language"),
     System("iaa", "Inner-Adaptor Architecture", "vision-language"),
     System("vl-adapter", "VL-Adapter", "vision-language"),

@@ -136,16 +136,19 @@ class AdapterStore:
     def enter(self, found: Registered) -> None:
         """Put an examined adapter under its name."""
         if found.name in self.by_name:
-            self.unload(found.name)
+            self.forget(self.by_name[found.name])
         self.by_name[found.name] = found
 
     def unload(self, name: str) -> Registered:
         """Forget a name; requests in hand keep the adapter. Raises :class:`UnknownAdapterError`."""
         found = self.get(name)
-        del self.by_name[name]
+        self.forget(found)
+        return found
+
+    def forget(self, found: Registered) -> None:
+        del self.by_name[found.name]
         self.packed.pop(found.id, None)
         self.checked.discard(found.id)
-        return found
 
     def scan(self) -> dict[str, str]:
         """Register every folder under ``root``. Returns the refused ones, each with the reason."""
