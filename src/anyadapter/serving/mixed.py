@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from anyadapter.core.adapter import Adapter, AdapterConfig, Placement
@@ -29,6 +29,7 @@ from anyadapter.serving.pool import KEYS, VALUES, Pool
 from anyadapter.serving.residents import Resident
 
 Uses = tuple[tuple[Resident, float], ...]  # the adapters of one request, and their weights
+PACKED_FOR = 32  # rows in a pass for which oneDNN chooses the layout
 REMEMBERED = 8  # passes whose tables are kept: decoding repeats the same rows step after step
 CORE_OPTIONS = {"scaling", "sliding_window", "softcap"}  # what we do of what a model tells its attention core
 CORE_OPTIONS |= {
@@ -120,6 +121,25 @@ class Mixed(Adapter):
     def connect(self, pool: Pool, kernels: Kernels) -> None:
         """Give it the pool and the products."""
         self.pool, self.kernels = pool, kernels
+        shape = (pool.cells, self.heads, self.dim)
+        self.caches = [(keys.view(shape), values.view(shape)) for keys, values in pool.halves]
+
+    def pack(self) -> None:
+        """Give the model's linears a second copy of their weights, in the layout that oneDNN computes fastest with.
+
+        Used in the engine's own passes only; whoever else calls the model gets what it always gave.
+        """
+        for path, module in self.host.modules.items():
+            if type(module) is nn.Linear and type(module.weight.data) is Tensor:  # none that lies on several devices
+                packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), PACKED_FOR)
+                placement = Placement(path, "call", partial(self.linear, packed, module.bias))
+                self.placements.append(placement)
+
+    def linear(self, packed: Tensor, bias: Tensor | None, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A linear by its packed weights."""
+        if self.now is None:
+            return call(x)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
     def cover(self, packing: Packing) -> None:
         """Wrap the sites of an adapter that no adapter before had; the rest of the model is not touched."""
@@ -173,8 +193,7 @@ class Mixed(Adapter):
         unknown = [name for name, value in options.items() if name not in CORE_OPTIONS and value is not None]
         if unknown:
             raise TargetError(f"This model's attention has {', '.join(unknown)}, which the engine does not know.")
-        shape = (self.pool.cells, self.heads, self.dim)
-        keys, values = (self.pool.half(layer, half).view(shape) for half in (KEYS, VALUES))
+        keys, values = self.caches[layer]
         keys.index_copy_(0, self.now.slots, k[0].transpose(0, 1).to(keys.dtype))
         values.index_copy_(0, self.now.slots, v[0].transpose(0, 1).to(values.dtype))
         scale = options.get("scaling")
@@ -197,7 +216,7 @@ class Mixed(Adapter):
         x = first(args, kwargs)
         if work.plain is not None:
             out = call(x)
-            self.add(path, work.plain, flat(x), flat(out), layer)
+            self.add(path, work.plain, x, out, layer)
             return out
         for vectors in work.factors:
             if vectors.kind == "scale_input":
@@ -208,7 +227,7 @@ class Mixed(Adapter):
         out = call(x, *args[1:], **kwargs) if args else call(**{**kwargs, next(iter(kwargs)): x})
         for item in work.products:
             if item.kind == "low_rank":
-                self.add(path, item, flat(x), flat(out), layer)
+                self.add(path, item, x, out, layer)
             elif item.kind in ("after", "parallel"):
                 y = out[0] if isinstance(out, tuple) else out
                 out = plus(out, self.z(item, y if item.kind == "after" else x, layer, y.shape[-1]))
@@ -218,7 +237,7 @@ class Mixed(Adapter):
         return out
 
     def add(self, path: str, item: Products, x: Tensor, y: Tensor, layer: int) -> None:
-        """y += s B A x, x: (T, in), y: (T, out)."""
+        """y += s B A x, x: (1, T, in), y: (1, T, out)."""
         keys, values = self.pool.halves[layer]
         self.kernels.add(x, y, keys, values, item.down, item.up)
 
@@ -241,6 +260,15 @@ class Mixed(Adapter):
         x = x.clone()
         flat(x).index_copy_(0, item.tokens, flat(x)[item.tokens] * factor[item.rows])
         return x
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed linears are to be had here."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def flat(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from anyadapter.core.errors import AnyAdapterError, TargetError
 from anyadapter.core.fingerprint import check_fingerprint
 from anyadapter.formats.files import TENSORS
 from anyadapter.serving.engine import Engine, EngineSettings
-from anyadapter.serving.mixed import Mixed, MixedConfig, Products, Uses, Work, bounds
+from anyadapter.serving.mixed import Mixed, MixedConfig, Products, Uses, Work, bounds, flat
 from anyadapter.serving.packing import Block, Packing, Part, plan
 from anyadapter.serving.pool import KEYS, VALUES
 from anyadapter.serving.request import Output, Request, Sampling
@@ -235,6 +235,7 @@ class SplitMixed(Mixed):
 
     def add(self, path: str, item: Products, x: Tensor, y: Tensor, layer: int) -> None:
         keys, values = self.pool.half(layer, KEYS), self.pool.half(layer, VALUES)
+        x, y = flat(x), flat(y)
         hidden = self.kernels.shrink(x, keys, item.down)
         if isinstance(item, Gathered):
             hidden = self.split.gather(hidden, "adapters")[item.order]

@@ -39,7 +39,7 @@ class Kernels(Protocol):
         ...
 
     def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
-        """Both, as a LoRA needs them: ``expand(shrink(x, keys, down), y, values, up)``."""
+        """Both, as a LoRA needs them, ``expand(shrink(x, keys, down), y, values, up)``; x and y may be (1, T, width)."""
         ...
 
     def attend(

@@ -29,7 +29,7 @@ class Grouped:
             y[token] = (y[token] + h @ b).to(y.dtype)
 
     def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
-        self.expand(self.shrink(x, keys, down), y, values, up)
+        self.expand(self.shrink(x.view(-1, x.shape[-1]), keys, down), y.view(-1, y.shape[-1]), values, up)
 
     def attend(
         self,

@@ -14,7 +14,6 @@ import tempfile
 from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 DTYPES = (torch.float32, torch.bfloat16)
 LONG = 32  # from so many new tokens on, a sequence's attention is faster in torch
+DESCRIBED = "described"  # under which a table keeps its structure for C
 SMALL = 1 << 15  # a product of fewer numbers than this is not worth waking a second thread
 
 
@@ -64,7 +64,6 @@ class Native:
         self.half = int(dtype is torch.bfloat16)
         self.size = dtype.itemsize
         self.grouped = Grouped()
-        self.described: WeakKeyDictionary[Rows, CRows] = WeakKeyDictionary()
 
     def shrink(self, x: Tensor, pool: Tensor, rows: Rows) -> Tensor:
         hidden = torch.empty(rows.total)
@@ -88,22 +87,22 @@ class Native:
             keys.data_ptr(),
             values.data_ptr(),
             x.data_ptr(),
-            x.stride(0) * self.size,
-            x.shape[1],
+            x.stride(-2) * self.size,
+            x.shape[-1],
             hidden.data_ptr(),
             y.data_ptr(),
-            y.stride(0) * self.size,
-            y.shape[1],
+            y.stride(-2) * self.size,
+            y.shape[-1],
             self.half,
-            threads(down.total * (x.shape[1] + y.shape[1])),
+            threads(down.total * (x.shape[-1] + y.shape[-1])),
         )
 
     def describe(self, rows: Rows, pool: Tensor) -> CRows:
         """The structure for C, made once for all layers that share the table; its ``pool`` is that of one layer."""
-        found = self.described.get(rows)
+        found = rows.__dict__.get(DESCRIBED)
         if found is None:
             bounds = rows.tokens.data_ptr(), rows.rows.data_ptr(), rows.hidden.data_ptr()
-            found = self.described[rows] = CRows(
+            found = rows.__dict__[DESCRIBED] = CRows(
                 len(rows.tokens) - 1,
                 rows.cells.shape[1],
                 pool.shape[1],

@@ -1,6 +1,6 @@
 """How near the serving kernels come to the memory's bandwidth when they decode: rows of scattered cells, one token a segment.
 
-    python benchmarks/kernels.py [--rounds 20] [--segments 32] [--device cpu] [--threads 2] [--out kernels.md]
+    python benchmarks/serving_kernels.py [--rounds 20] [--segments 32] [--device cpu] [--threads 2] [--out kernels.md]
 
 The bound is a plain read of a big tensor in the same run. ``ANYADAPTER_KERNELS`` chooses the kernels.
 """
