@@ -29,8 +29,8 @@ from anyadapter.core.catalogue import method_of
 from anyadapter.core.host import Host
 from anyadapter.serving.packing import plan as packing_of
 from anyadapter.serving.policies import policy_named
-from anyadapter.serving.replicas import Router, RouterSettings
 from anyadapter.serving.request import Request, Sampling
+from anyadapter.serving.router import Router, RouterSettings
 from anyadapter.serving.scheduler import Limits, Plan, Scheduler
 
 GB = 1e9

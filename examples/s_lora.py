@@ -63,9 +63,9 @@ class Size:
     adapters: tuple[int, ...] = (1, 4, 16, 64)
     traced: int = 16
     clients: int = 32
-    warm: float = 1.5
-    window: float = 4.0
-    trace: float = 10.0
+    warm: float = 1.0
+    window: float = 2.5
+    trace: float = 6.0
     pool: int = 8192
 
 

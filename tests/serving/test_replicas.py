@@ -22,7 +22,8 @@ from anyadapter.core.errors import ConfigError
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.gate import ServerSettings
 from anyadapter.serving.loop import EngineLoop
-from anyadapter.serving.replicas import Front, Head, Inside, Message, Router, RouterSettings, deploy
+from anyadapter.serving.replicas import Front, Head, Inside, Message, deploy
+from anyadapter.serving.router import Router, RouterSettings
 
 NAMES = [f"replica-{i}" for i in range(8)]
 ADAPTERS = [f"adapter-{i}" for i in range(2000)]

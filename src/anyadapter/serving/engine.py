@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyadapter.core.adapter import Settings
 from anyadapter.core.attach import check_name
 from anyadapter.core.errors import AnyAdapterError, RequestError, TargetError
 from anyadapter.core.host import Host, device_of
 from anyadapter.serving.batch import Sequences
+from anyadapter.serving.checks import check_combination, check_model, end_tokens
 from anyadapter.serving.kernels import kernels_for
 from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds, can_pack
 from anyadapter.serving.policies import policy_named
@@ -32,55 +32,16 @@ from anyadapter.serving.request import Output, Request
 from anyadapter.serving.residents import Residents
 from anyadapter.serving.sampling import Choice, Sampler, choose
 from anyadapter.serving.scheduler import Limits, Scheduler
+from anyadapter.serving.settings import EngineSettings
 from anyadapter.serving.store import AdapterStore, Registered
 from anyadapter.serving.text import TextStream
 
+__all__ = ["Engine", "EngineSettings"]
 logger = logging.getLogger(__name__)
 
 GUEST = "serving"  # the name under which the engine is attached to the model
 TOLERANCE = 0.02  # of the check at the start, relative to the spread of the logits
 AHEAD = 16  # adapters read ahead of need at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings(Settings):
-    """The engine's limits.
-
-    Attributes:
-        cells: size of the pool; a token takes one cell, an adapter of rank r on all linears a few tens of r. By default
-            what fits into ``pool_bytes``.
-        pool_bytes: memory for the pool where ``cells`` is not given.
-        max_context: most tokens of prompt and output together; by default the model's own limit.
-        max_running: most requests in one pass.
-        max_waiting: most requests in the queue; beyond that, submit raises BusyError.
-        step_tokens: most tokens of one pass: a token of each decoding request, and pieces of prompts.
-        max_rank: of an adapter.
-        policy: who is admitted next: ``"fcfs"``, ``"cluster"``, ``"vtc"``, ``"abort"``.
-        adapters: folder under which adapters are registered by name; None reads any folder.
-        keep: keep packed adapters in memory instead of reading their files again.
-        pack: on a CPU, keep a second copy of the model's linears in oneDNN's layout; a pass takes a quarter less time.
-        read_ahead: read the adapters of waiting requests in a thread, ahead of need.
-    """
-
-    cells: int | None = None
-    pool_bytes: int = 2 << 30
-    max_context: int | None = None
-    max_running: int = 64
-    max_waiting: int = 1024
-    step_tokens: int = 512
-    max_rank: int = 512
-    policy: str = "fcfs"
-    adapters: str | None = None
-    keep: bool = False
-    pack: bool = True
-    read_ahead: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "step_tokens", "max_rank", "pool_bytes"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
-        self.require("step_tokens", self.step_tokens >= self.max_running, "at least max_running")
-        for name in ("cells", "max_context"):
-            self.require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or None")
 
 
 @dataclass(eq=False)
@@ -396,6 +357,7 @@ class Engine:
             sequence.used += count
             request.computed += count
             known = len(request.prompt)
+            self.counters.prompt_tokens += count if start < known else 0
             tokens += request.prompt[start : start + count] if start < known else [request.output[start - known]]
             positions.append(np.arange(start, start + count) + sequence.shift)
             seen.append(sequence.cells[: sequence.used])
@@ -510,42 +472,3 @@ class Engine:
                 f"Run by the engine, {self.host.describe()} gives other logits than by itself (off by {error:.2g} of their "
                 "spread): its attention or positions work in a way the engine does not know."
             )
-
-
-def check_model(model: Any, host: Host) -> None:
-    """Raise a :class:`TargetError` for what is known not to work on flat tokens."""
-    parameters = inspect.signature(type(model).forward).parameters
-    if "position_ids" not in parameters or "attention_mask" not in parameters:
-        raise TargetError(f"{host.describe()} takes no position_ids; its positions cannot be told apart in one batch.")
-    config: Any = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise TargetError(
-            f"{host.describe()} has layers of {', '.join(sorted(kinds))}, which the engine does not know."
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise TargetError(f"The rotary embedding {kind!r} depends on what else is in the batch; it cannot be served.")
-
-
-def check_combination(adapters: list[Registered], weights: list[float]) -> None:
-    """Raise a :class:`RequestError` unless these adapters can act together with these weights."""
-    for adapter, weight in zip(adapters, weights):
-        if not np.isfinite(weight) or abs(weight) > 100:
-            raise RequestError(f"The weight of {adapter.name!r} is {weight}; it must be from -100 to 100.", "adapters")
-        if len(adapters) > 1 and not adapter.packing.sums:
-            raise RequestError(f"{adapter.name!r} is no LoRA; only LoRAs can be combined in one request.", "adapters")
-        if weight != 1 and adapter.packing.prefix:
-            raise RequestError(
-                f"{adapter.name!r} is a prefix, which has no strength; its weight must be 1.", "adapters"
-            )
-
-
-def end_tokens(model: Any) -> frozenset[int]:
-    """The model's own ends of text."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
-    return frozenset()

@@ -285,9 +285,7 @@ def as_error(error: Exception, loop: EngineLoop) -> ApiError:
 def scrub(message: str, loop: EngineLoop) -> str:
     """A message without the place of the adapters' folder."""
     root = loop.engine.settings.adapters if loop.engine is not None else None
-    for place in (str(Path(root).resolve()), str(root)) if root is not None else ():
-        message = message.replace(place, "(adapters)")
-    return message
+    return message if root is None else message.replace(str(Path(root).resolve()), "(adapters)")
 
 
 def invalid(error: RequestValidationError) -> ApiError:

@@ -94,7 +94,7 @@ class AdapterStore:
         keep: bool = False,
     ) -> None:
         self.host, self.layers, self.width, self.dtype = host, layers, width, dtype
-        self.root = Path(root) if root is not None else None
+        self.root = Path(root).resolve() if root is not None else None
         self.max_rank, self.max_cells, self.keep = max_rank, max_cells, keep
         self.by_name: dict[str, Registered] = {}
         self.templates: dict[str, Template] = {}
@@ -168,7 +168,7 @@ class AdapterStore:
         where = str(folder if folder is not None else name)
         path = inside(self.root, where) if self.root is not None else Path(where)
         for file in (CONFIG, TENSORS) if self.root is not None else ():
-            if (path / file).is_symlink() and self.root.resolve() not in (path / file).resolve().parents:
+            if (path / file).is_symlink() and self.root not in (path / file).resolve().parents:
                 raise ArtefactError(f"{file} of {where!r} leads out of the folder of adapters.")
         config, shapes = read_json(path / CONFIG), read_header(path / TENSORS)
         ours = config.get(KEY)
