@@ -216,7 +216,7 @@ def workers(setup: Setup, *wanted: tuple[str, Path, Sequence[str]]) -> Iterator[
     with ExitStack() as stack:
         running = []
         for system, folder, names in wanted:
-            if system == "vllm" and not setup.options.vllm_python:
+            if system in setup.options.without or (system == "vllm" and not setup.options.vllm_python):
                 continue
             longest = max((rank_of(folder / name) for name in names[:8]), default=8)
             print(f"  starting {system} with {len(names)} adapters", flush=True)
@@ -519,6 +519,7 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", choices=PARTS, help="by default all")
     parser.add_argument("--quick", action="store_true", help="few adapters and one round, to see that all works")
+    parser.add_argument("--without", action="append", default=[], metavar="SYSTEM", help="leave one out, as peft-merge")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
