@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 GUEST = "serving"  # the name under which the engine is attached to the model
 TOLERANCE = 0.02  # of the check at the start, relative to the spread of the logits
+UNBOUNDED = 1 << 30  # tokens, for a model that names no limit
 AHEAD = 16  # adapters read ahead of need at most
 
 
@@ -104,7 +105,8 @@ class Engine:
         check_model(model, self.host)
         self.device, self.dtype = device_of(model), next(model.parameters()).dtype
         config = model.config.get_text_config()
-        self.max_context = min(filter(None, [settings.max_context, getattr(config, "max_position_embeddings", None)]))
+        limits = settings.max_context, getattr(config, "max_position_embeddings", None)
+        self.max_context = min(filter(None, limits), default=UNBOUNDED)
         self.eos = end_tokens(model)
         self.keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         reference = self.probe()
@@ -116,14 +118,14 @@ class Engine:
         self.mixed.connect(self.pool, kernels_for(self.device, self.dtype))
         self.store = self.make_store(width, cells - 1)
         self.residents = Residents(self.pool)
-        limits = Limits(
+        rows = Limits(
             cells=cells,
             max_running=settings.max_running,
             batch_tokens=max(settings.step_tokens, self.max_context),
             step_tokens=settings.step_tokens,
             max_waiting=settings.max_waiting,
         )
-        self.scheduler = Scheduler(limits, lambda id: self.held[id].cells, policy_named(settings.policy))
+        self.scheduler = Scheduler(rows, lambda id: self.held[id].cells, policy_named(settings.policy))
         self.held: dict[str, Registered] = {}  # adapters of requests in hand, by identity
         self.holders: dict[str, int] = {}
         self.sequences: dict[str, Sequence] = {}

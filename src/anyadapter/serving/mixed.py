@@ -31,15 +31,9 @@ from anyadapter.serving.residents import Resident
 Uses = tuple[tuple[Resident, float], ...]  # the adapters of one request, and their weights
 PACKED_FOR = 32  # rows in a pass for which oneDNN chooses the layout
 REMEMBERED = 8  # passes whose tables are kept: decoding repeats the same rows step after step
-CORE_OPTIONS = {"scaling", "sliding_window", "softcap"}  # what we do of what a model tells its attention core
-CORE_OPTIONS |= {
-    "is_causal",
-    "dropout",
-    "position_ids",
-    "use_cache",
-    "cache_position",
-    "output_attentions",
-}  # and what is so
+# What a model may tell its attention core: what we heed, and what says nothing that matters here.
+HEEDED = {"scaling", "sliding_window", "softcap"}
+HARMLESS = {"is_causal", "dropout", "position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
 @dataclass(frozen=True)
@@ -170,11 +164,6 @@ class Mixed(Adapter):
         """What each site computes for these runs of tokens."""
         return tabulate(runs, self.pool.data.device, self.pool.width)
 
-    def forget(self) -> None:
-        """Drop the tables: they keep evicted adapters' objects alive."""
-        self.now = None
-        self.tables.clear()
-
     # ------------------------------------------------------------------ at the sites
 
     def attention(
@@ -190,7 +179,7 @@ class Mixed(Adapter):
         """Store this pass's keys and values, and attend over the sequence's cells: heads (1, heads, T, head_dim)."""
         if self.now is None:  # somebody else calls the model
             return call(q, k, v, mask, **options)
-        unknown = [name for name, value in options.items() if name not in CORE_OPTIONS and value is not None]
+        unknown = [name for name, value in options.items() if name not in HEEDED | HARMLESS and value is not None]
         if unknown:
             raise TargetError(f"This model's attention has {', '.join(unknown)}, which the engine does not know.")
         keys, values = self.caches[layer]
