@@ -90,6 +90,8 @@ class Engine:
             know, or a first pass does not agree with the model's own.
     """
 
+    Store: type[AdapterStore] = AdapterStore
+
     def __init__(
         self,
         model: Any,
@@ -150,7 +152,7 @@ class Engine:
     def make_store(self, width: int, max_cells: int) -> AdapterStore:
         """Where adapters are registered."""
         settings = self.settings
-        return AdapterStore(
+        return self.Store(
             self.host,
             self.mixed.layers,
             width,

@@ -34,6 +34,7 @@ REMEMBERED = 8  # passes whose tables are kept: decoding repeats the same rows s
 # What a model may tell its attention core: what we heed, and what says nothing that matters here.
 HEEDED = {"scaling", "sliding_window", "softcap"}
 HARMLESS = {"is_causal", "dropout", "position_ids", "use_cache", "cache_position", "output_attentions"}
+KNOWN = HEEDED | HARMLESS
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Mixed(Adapter):
         """Store this pass's keys and values, and attend over the sequence's cells: heads (1, heads, T, head_dim)."""
         if self.now is None:  # somebody else calls the model
             return call(q, k, v, mask, **options)
-        unknown = [name for name, value in options.items() if name not in HEEDED | HARMLESS and value is not None]
+        unknown = [name for name, value in options.items() if name not in KNOWN and value is not None]
         if unknown:
             raise TargetError(f"This model's attention has {', '.join(unknown)}, which the engine does not know.")
         keys, values = self.caches[layer]

@@ -134,9 +134,8 @@ class Front:
                 await answer.begin(whole=not streamed)
             except Exception as error:
                 await answer.close()
-                self.failed(name)
+                self.failed(name, error)
                 failed += 1
-                logger.warning(json.dumps({"event": "replica failed", "replica": name, "error": type(error).__name__}))
                 continue
             except BaseException:  # the client is gone
                 await answer.close()
@@ -151,8 +150,9 @@ class Front:
             return refusal
         raise ApiError(503, "No replica could answer. Send the request again.", retry=1.0)
 
-    def failed(self, name: str) -> None:
+    def failed(self, name: str, error: Exception) -> None:
         """A replica died; look from time to time whether it is back."""
+        logger.warning(json.dumps({"event": "replica failed", "replica": name, "error": type(error).__name__}))
         self.router.fail(name)
         self.rest(name)
 
@@ -184,9 +184,9 @@ class Front:
             try:
                 await answer.begin(whole=True)
                 return await answer.whole()
-            except Exception:
+            except Exception as error:
                 await answer.close()
-                self.failed(name)
+                self.failed(name, error)
                 why = f"The replica {name} failed; others may have made the change. Send it again when it is back."
                 return respond(ApiError(503, why, retry=1.0))
 
@@ -219,7 +219,7 @@ class Answer:
         await self.close()
         return self.dressed(Response(b"".join(self.parts), self.head.status))
 
-    def response(self, fail: Callable[[], None]) -> Response:
+    def response(self, fail: Callable[[Exception], None]) -> Response:
         return self.dressed(StreamingResponse(self.body(fail), self.head.status))
 
     def dressed(self, response: Response) -> Response:
@@ -229,15 +229,15 @@ class Answer:
                 response.headers[name] = value
         return response
 
-    async def body(self, fail: Callable[[], None]) -> AsyncIterator[bytes]:
+    async def body(self, fail: Callable[[Exception], None]) -> AsyncIterator[bytes]:
         """What is there, then the rest. A stream that breaks off ends with an error, without ``[DONE]``."""
         try:
             for part in self.parts:
                 yield part
             async for piece in self.pieces:
                 yield piece  # type: ignore[misc]
-        except Exception:
-            fail()
+        except Exception as error:
+            fail(error)
             yield event(ApiError(502, "The server failed while it worked on this request. Send it again.").body())
         finally:
             await self.close()

@@ -261,6 +261,8 @@ class SplitEngine(Engine):
         settings: the same in every process.
     """
 
+    Store = SplitStore
+
     def __init__(
         self,
         model: Any,
@@ -282,18 +284,8 @@ class SplitEngine(Engine):
         return guest
 
     def make_store(self, width: int, max_cells: int) -> AdapterStore:
-        settings = self.settings
-        store = SplitStore(
-            self.split.whole,
-            self.mixed.layers,
-            width,
-            self.dtype,
-            root=settings.adapters,
-            max_rank=settings.max_rank,
-            max_cells=max_cells,
-            keep=settings.keep,
-        )
-        store.split, store.tell = self.split, self.tell
+        store: Any = super().make_store(width, max_cells)
+        store.host, store.split, store.tell = self.split.whole, self.split, self.tell
         return store
 
     def read_clock(self) -> float:
