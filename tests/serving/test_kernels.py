@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from anyadapter.core.errors import ConfigError
 from anyadapter.serving.batch import Rows, Sequences
 from anyadapter.serving.kernels import Kernels, kernels_for, native
 from anyadapter.serving.kernels.grouped import Grouped
+from anyadapter.serving.mixed import rms_norm
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -326,3 +329,25 @@ class TestCompiled:
         native.library()
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
         assert len([name for name in mapped if "gomp" in name or "iomp" in name or "libomp" in name]) == 1
+
+
+@pytest.mark.skipif(BACKENDS != ("torch", "native"), reason="of the C kernels")
+@few
+@given(st.sampled_from(DTYPES), st.integers(1, 70), st.integers(1, 5), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_a_norm_in_c_is_the_models_own(dtype: torch.dtype, width: int, rows: int, size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    module = LlamaRMSNorm(width, eps=1e-5).to(dtype).requires_grad_(False)
+    module.weight.copy_(torch.randn(width, generator=generator))
+    x = (torch.randn(2, rows, width, generator=generator) * size).to(dtype)
+    c = native.Native(dtype)
+    assert rms_norm(module, c) == 1e-5
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(c.norm(x, module.weight, 1e-5), module(x), rtol=4 * step, atol=step)
+
+
+@pytest.mark.skipif(BACKENDS != ("torch", "native"), reason="of the C kernels")
+def test_a_norm_of_another_formula_is_left_alone() -> None:
+    c = native.Native(torch.float32)
+    assert rms_norm(GemmaRMSNorm(8), c) is None  # 1 + weight
+    assert rms_norm(LlamaRMSNorm(8).bfloat16(), c) is None
+    assert rms_norm(torch.nn.LayerNorm(8), c) is None

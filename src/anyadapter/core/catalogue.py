@@ -157,7 +157,7 @@ SYSTEMS: tuple[System, ...] = (
         "s-lora",
         "S-LoRA",
         "serving",
-        status="partial",
+        status="implemented",
         methods=("lora", "ia3", "bottleneck", "prefix"),
         hosts=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "opt"),
         note="an engine and a server for adapters of these methods; not yet run on a GPU",

@@ -147,6 +147,37 @@ INLINE void finish(char *to, const float *sums, float scale, int keep, long byte
     }
 }
 
+/* The vector at p; where fewer than a whole one are left, those, filled up with zeros. */
+INLINE const char *filled(char *spare, const char *p, long bytes)
+{
+    if (bytes >= STEP) return p;
+    memset(spare, 0, STEP);
+    return memcpy(spare, p, bytes);
+}
+
+/* to = weight * x / sqrt(mean(x^2) + eps); x is rounded to its own type before the weight, as the models do. */
+INLINE void normalise(const char *x, const char *weight, long bytes, float eps, char *to, int half)
+{
+    char spare[STEP], other[STEP], end[STEP];
+    floats squares = {0}, parts[2];
+    for (long at = 0; at < bytes; at += STEP)
+        for (int part = 0; part < PARTS; part++) {
+            floats v = load(filled(spare, x + at, bytes - at), part, half);
+            squares += v * v;
+        }
+    float factor = 1 / __builtin_sqrtf(total(squares) * SIZE / bytes + eps);
+    for (long at = 0; at < bytes; at += STEP) {
+        const char *v = filled(spare, x + at, bytes - at), *w = filled(other, weight + at, bytes - at);
+        for (int part = 0; part < PARTS; part++) {
+            parts[part] = load(v, part, half) * factor;
+            if (half) parts[part] = (floats)rounded(parts[part]);
+            parts[part] *= load(w, part, half);
+        }
+        store(bytes - at < STEP ? end : to + at, parts, half);
+        if (bytes - at < STEP) memcpy(to + at, end, bytes - at);
+    }
+}
+
 /* Run `call` with `count` as a constant, so that its loops are unrolled. */
 #define UNROLLED(count, call) \
     switch (count) {          \
@@ -507,6 +538,16 @@ INLINE void attend_part(const Sequences *s, const char *q, long q_stride, char *
 void attend(const Sequences *s, const char *q, long q_stride, char *out, int half, int threads)
 {
 #define PART(half) attend_part(s, q, q_stride, out, thread, all, half)
+    IN_THREADS(PART)
+#undef PART
+}
+
+/* `rows` rows of `width` numbers. */
+void norm(const char *x, long rows, long width, const char *weight, float eps, char *y, int half, int threads)
+{
+#define PART(half)                                                                                   \
+    for (long i = rows * thread / all; i < rows * (thread + 1) / all; i++)                           \
+    normalise(x + i * width * SIZE, weight, width * SIZE, eps, y + i * width * SIZE, half)
     IN_THREADS(PART)
 #undef PART
 }

@@ -61,6 +61,7 @@ class Native:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.library = library()
+        self.dtype = dtype
         self.half = int(dtype is torch.bfloat16)
         self.size = dtype.itemsize
         self.grouped = Grouped()
@@ -152,6 +153,15 @@ class Native:
             )
         return out
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of rows, weight · x / √(mean(x²) + eps): x, any shape that ends with ``weight``'s."""
+        x = x.contiguous()
+        out, width = torch.empty_like(x), len(weight)
+        rows = x.numel() // width
+        count = threads(x.numel())
+        self.library.norm(x.data_ptr(), rows, width, weight.data_ptr(), eps, out.data_ptr(), self.half, count)
+        return out
+
 
 def threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers >= SMALL else 1
@@ -175,7 +185,9 @@ def library() -> ctypes.CDLL:
     matrix: tuple[Any, ...] = (c_void_p, c_long, c_long)
     loaded.add.argtypes = [rows, rows, c_void_p, c_void_p, *matrix, c_void_p, *matrix, c_int, c_int]
     loaded.attend.argtypes = [sequences, c_void_p, c_long, c_void_p, c_int, c_int]
-    loaded.shrink.restype = loaded.expand.restype = loaded.add.restype = loaded.attend.restype = None
+    loaded.norm.argtypes = [c_void_p, c_long, c_long, c_void_p, c_float, c_void_p, c_int, c_int]
+    for function in (loaded.shrink, loaded.expand, loaded.add, loaded.attend, loaded.norm):
+        function.restype = None
     return loaded
 
 
