@@ -51,7 +51,8 @@ def test_one_adapter_that_floods_does_not_starve_another(live: Live) -> None:
         flood.append(pool.submit(work, "other"))
         for future in flood:
             future.result()
-    assert done.index("other") <= 2, done
+    # It shares the next two places with one of the flood, and either may end first; in order of arrival it would be last.
+    assert done.index("other") <= 3, done
 
 
 def holding(live: Live, state: str) -> int:
