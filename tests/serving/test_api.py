@@ -179,8 +179,7 @@ def test_prompts_as_texts_and_tokens(live: Live, smollm_tokenizer: Any) -> None:
 
 
 def test_choices_have_seeds_of_their_own(live: Live) -> None:
-    # Few candidates: among 49,000 at this temperature many are so near one another that the batch's size can swap two.
-    hot = {"temperature": 2.0, "top_p": 0.95, "top_k": 50, "seed": 11}
+    hot = {"temperature": 2.0, "top_p": 0.95, "seed": 11}
     both = [choice["text"] for choice in post(live, **{**completion(PROMPT), **hot, "n": 2})["choices"]]
     assert both[0] != both[1]
     alone = [post(live, **{**completion(PROMPT), **hot, "seed": seed})["choices"][0]["text"] for seed in (11, 12)]

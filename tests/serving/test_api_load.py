@@ -41,18 +41,17 @@ def test_a_full_queue_answers_at_once_and_says_when_to_come_back(live: Live) -> 
 def test_one_adapter_that_floods_does_not_starve_another(live: Live) -> None:
     done: list[str] = []
 
-    def work(model: str) -> None:
-        assert ask(live, tokens=30, model=model).status_code == 200  # long beside what it takes to ask
+    def work(model: str, tokens: int) -> None:
+        assert ask(live, tokens=tokens, model=model).status_code == 200  # long beside what it takes to ask
         done.append(model)
 
     with ThreadPoolExecutor(6) as pool:
-        flood = [pool.submit(work, "good") for _ in range(4)]
+        flood = [pool.submit(work, "good", 30) for _ in range(4)]
         live.until(lambda: (live.loop.stats["running"], live.loop.stats["waiting"]) == (2, 2))
-        flood.append(pool.submit(work, "other"))
+        flood.append(pool.submit(work, "other", 20))  # shorter: what begins together must not end together
         for future in flood:
             future.result()
-    # It shares the next two places with one of the flood, and either may end first; in order of arrival it would be last.
-    assert done.index("other") <= 3, done
+    assert done.index("other") <= 2, done
 
 
 def holding(live: Live, state: str) -> int:

@@ -161,6 +161,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) 
 def draw_sorted(best: Tensor, ids: Tensor, k: Tensor, p: Tensor, u: Tensor) -> Tensor:
     """A draw among the first k whose sum before them is below p of the sum of those k.
 
+    It is made in the order of the tokens' ids: which of two near-ties comes first can hang on the other rows of the batch.
+
     Args:
         best: (rows, n) probabilities from the greatest down.
         ids: (rows, n) their tokens.
@@ -170,7 +172,8 @@ def draw_sorted(best: Tensor, ids: Tensor, k: Tensor, p: Tensor, u: Tensor) -> T
     best = best * inside
     total = torch.where(k > best.shape[1], 1.0, best.sum(-1, keepdim=True))
     before = best.cumsum(-1) - best
-    kept = best * (before < p * total)
+    ids, order = ids.sort(-1)
+    kept = (best * (before < p * total)).gather(1, order)
     return ids.gather(1, invert(kept, u)[:, None])[:, 0]
 
 

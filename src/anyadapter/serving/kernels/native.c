@@ -83,11 +83,18 @@ INLINE void multiply_step(floats sums[][ROWS], const char *const *x, int tokens,
     }
 }
 
-/* A vector of each of `count` rows of which only `bytes` are real, filled up with zeros. */
+/* The vector at p; of one that has only `bytes` bytes left, those, filled up with zeros in `spare`. */
+INLINE const char *filled(char *spare, const char *p, long bytes)
+{
+    if (bytes >= STEP) return p;
+    memset(spare, 0, STEP);
+    return memcpy(spare, p, bytes);
+}
+
+/* That of each of `count` rows. */
 INLINE void pad(char (*to)[STEP], const char **pointers, const char *const *row, int count, long at, long bytes)
 {
-    memset(to, 0, count * STEP);
-    for (int j = 0; j < count; j++) pointers[j] = memcpy(to[j], row[j] + at, bytes);
+    for (int j = 0; j < count; j++) pointers[j] = filled(to[j], row[j] + at, bytes);
 }
 
 /* The same over rows of `bytes` bytes. */
@@ -145,14 +152,6 @@ INLINE void finish(char *to, const float *sums, float scale, int keep, long byte
         store(p, parts, half);
         if (p == vector) memcpy(to + at, vector, bytes - at);
     }
-}
-
-/* The vector at p; where fewer than a whole one are left, those, filled up with zeros. */
-INLINE const char *filled(char *spare, const char *p, long bytes)
-{
-    if (bytes >= STEP) return p;
-    memset(spare, 0, STEP);
-    return memcpy(spare, p, bytes);
 }
 
 /* to = weight * x / sqrt(mean(x^2) + eps); x is rounded to its own type before the weight, as the models do. */
