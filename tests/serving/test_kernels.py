@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from anyadapter.core.errors import ConfigError
-from anyadapter.serving.batch import Rows, Sequences
+from anyadapter.serving.batch import Bits, Rows, Sequences
 from anyadapter.serving.kernels import Kernels, kernels_for, native
 from anyadapter.serving.kernels.grouped import Grouped
 from anyadapter.serving.mixed import rms_norm
@@ -100,19 +101,48 @@ def paged(segments: list[tuple[int, int]], width: int, cell: int, dtype: torch.d
     return Case(rows, pool, list(values.double().split([r for _, r in segments])))
 
 
+def packed(segments: list[tuple[int, int]], width: int, cell: int, dtype: torch.dtype, seed: int) -> Case:
+    """The same of one bit a number, several rows in a cell where they fit; what lies between them is of ones."""
+    generator = torch.Generator().manual_seed(seed)
+    total, row, room = sum(r for _, r in segments), -(-width // 32) * 4, cell * dtype.itemsize
+    chunks, per = -(-row // room), max(1, room // row)
+    holders = scattered(-(-total // per), chunks, generator)
+    pool = torch.full((holders.numel() + 7, room), 255, dtype=torch.uint8)
+    bits = torch.randint(0, 2, (total, width), generator=generator)
+    data = np.packbits(bits.numpy(), axis=1, bitorder="little")
+    at = torch.arange(total)
+    offsets = at % per * row
+    for i in range(total):
+        for c, piece in enumerate(np.split(data[i], range(room, data.shape[1], room))):
+            start = int(offsets[i])
+            pool[int(holders[i // per, c]), start : start + len(piece)] = torch.from_numpy(piece)
+    levels = torch.randn(total, 2, generator=generator)
+    rows = Rows(
+        tokens=bounds([n for n, _ in segments]),
+        rows=bounds([r for _, r in segments]),
+        hidden=bounds([n * r for n, r in segments]),
+        cells=holders[at // per].contiguous(),
+        scale=torch.randn(total, generator=generator),
+        total=sum(n * r for n, r in segments),
+        bits=Bits(offsets.int(), levels),
+    )
+    values = torch.where(bits.bool(), levels[:, 1:], levels[:, :1])
+    return Case(rows, pool.view(dtype), list(values.double().split([r for _, r in segments])))
+
+
 segments = st.lists(
     st.tuples(st.sampled_from([1, 1, 1, 2, 3, 5, 40, 70]), st.sampled_from([0, 1, 3, 8, 12, 64])),
     min_size=1,
     max_size=6,
 )
-cases = st.builds(
-    paged,
+shapes = (
     segments,
     st.sampled_from([16, 48, 50, 144, 576, 577]),
     st.sampled_from([16, 48, 192]),
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
 )
+cases = st.one_of(st.builds(paged, *shapes), st.builds(packed, *shapes))
 
 
 def numbers(*shape: int, like: Tensor) -> Tensor:

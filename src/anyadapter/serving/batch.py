@@ -11,10 +11,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Bits:
+    """Rows of one bit a number: the first in the least significant bit, in whole words of 32, the rest of the last anything.
+
+    A row lies within one cell, beside others, or where it is longer than a cell in several from their start on.
+
+    Attributes:
+        offsets: (R,) int32, the byte in its cell where a row begins, a multiple of 4.
+        levels: (R, 2) fp32, what a 0 and a 1 mean.
+    """
+
+    offsets: Tensor
+    levels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of adapter matrices that tokens read at one site.
 
-    A row as wide as the site lies in ``chunks`` cells of W numbers, the last one filled up with zeros.
+    A row as wide as the site lies in ``chunks`` cells of W numbers, the last one filled up with zeros; or see ``bits``.
 
     Attributes:
         tokens: (S + 1,) bounds of the S segments among the T tokens of the pass, ascending from 0 to T.
@@ -22,6 +37,8 @@ class Rows:
         hidden: (S + 1,) bounds of their inner activations among all N = Σ tokens · rows, token by token.
         cells: (R, chunks) the cells of each row.
         scale: (R,) fp32 factor of each row's activation.
+        total: N, known without asking the device.
+        bits: where the rows are packed.
     """
 
     tokens: Tensor
@@ -29,7 +46,8 @@ class Rows:
     hidden: Tensor
     cells: Tensor
     scale: Tensor
-    total: int  # N, known without asking the device
+    total: int
+    bits: Bits | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,13 +18,13 @@ class Grouped:
     def shrink(self, x: Tensor, pool: Tensor, rows: Rows) -> Tensor:
         hidden = torch.empty(rows.total, dtype=torch.float32, device=x.device)
         for token, row, at in groups(rows):
-            a = matrices(pool, rows.cells[row], x.shape[-1])
+            a = matrices(pool, rows, row, x.shape[-1])
             hidden[at] = (x[token].float() @ a.mT).flatten(1)
         return hidden
 
     def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows) -> None:
         for token, row, at in groups(rows):
-            b = matrices(pool, rows.cells[row], y.shape[-1])
+            b = matrices(pool, rows, row, y.shape[-1])
             h = hidden[at].unflatten(1, (-1, row.shape[1])) * rows.scale[row][:, None]
             y[token] = (y[token] + h @ b).to(y.dtype)
 
@@ -112,6 +112,13 @@ def spans(bounds: Tensor, members: Sequence[int], count: int) -> Tensor:
     return bounds[list(members)].long()[:, None] + torch.arange(count, device=bounds.device)
 
 
-def matrices(pool: Tensor, cells: Tensor, width: int) -> Tensor:
-    """cells: (batch, r, chunks) → (batch, r, width), fp32."""
-    return pool[cells].flatten(2)[..., :width].float()
+def matrices(pool: Tensor, rows: Rows, row: Tensor, width: int) -> Tensor:
+    """The rows with these indices (batch, r): (batch, r, width), fp32."""
+    cells = rows.cells[row].long()
+    if rows.bits is None:
+        return pool[cells].flatten(2)[..., :width].float()
+    found = pool.view(torch.uint8)[cells].flatten(2)
+    at = rows.bits.offsets[row].long()[..., None] + torch.arange(-(-width // 8), device=pool.device)
+    bits = found.gather(2, at)[..., None] >> torch.arange(8, dtype=torch.uint8, device=pool.device) & 1
+    low, high = rows.bits.levels[row][..., None].unbind(2)
+    return torch.where(bits.flatten(2)[..., :width].bool(), high, low)

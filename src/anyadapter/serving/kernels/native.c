@@ -2,7 +2,7 @@
  *
  * Decoding reads every row once for one token, so it is as fast as memory if reads are asked for early enough: cells lie
  * scattered, the hardware does not foresee them, and each loop asks for the rows after those it works on. Numbers are fp32,
- * or bf16 widened by a shift; sums are fp32. Work is split by its amount, not by segment: ranks and lengths differ.
+ * or bf16 widened by a shift, or one bit that chooses between a row's two levels; sums are fp32. Work is split by its amount, not by segment: ranks and lengths differ.
  * Sequences of `least` new tokens and more are left to the caller, whose BLAS does better there.
  */
 #include <omp.h>
@@ -70,14 +70,33 @@ INLINE float total(floats f)
     return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
 }
 
-/* sums[t][j] += x_t · row_j in one vector, lane by lane. */
-INLINE void multiply_step(floats sums[][ROWS], const char *const *x, int tokens, const char *const *row, long at, int half)
+/* What the bits of a row mean. */
+typedef struct {
+    float low, high;
+} Level;
+
+/* One part of the vector of a row: of its numbers, or of the levels its bits choose; `at` counts bytes of numbers. */
+INLINE floats load_row(const char *row, const Level *level, long at, int part, int half)
+{
+    if (!level) return load(row + at, part, half);
+    uint32_t word;
+    words bit;
+    memcpy(&word, row + at / SIZE / 32 * 4, 4);
+    for (int i = 0; i < LANES; i++) bit[i] = 1u << (half ? 2 * i + part : i);
+    words high = (words)(((word >> at / SIZE % 32) & bit) != 0);
+    floats choice[2] = {level->low - (floats){0}, level->high - (floats){0}};
+    return (floats)((high & (words)choice[1]) | (~high & (words)choice[0]));
+}
+
+/* sums[t][j] += x_t · row_j in one vector, lane by lane; `level` is null for rows of numbers. */
+INLINE void multiply_step(floats sums[][ROWS], const char *const *x, long x_at, int tokens, const char *const *row,
+                          const Level *level, long at, int half)
 {
     for (int part = 0; part < PARTS; part++) {
         floats a[ROWS];
-        for (int j = 0; j < ROWS; j++) a[j] = load(row[j] + at, part, half);
+        for (int j = 0; j < ROWS; j++) a[j] = load_row(row[j], level ? level + j : 0, at, part, half);
         for (int t = 0; t < tokens; t++) {
-            floats v = load(x[t] + at, part, half);
+            floats v = load(x[t] + x_at, part, half);
             for (int j = 0; j < ROWS; j++) sums[t][j] += v * a[j];
         }
     }
@@ -97,26 +116,27 @@ INLINE void pad(char (*to)[STEP], const char **pointers, const char *const *row,
     for (int j = 0; j < count; j++) pointers[j] = filled(to[j], row[j] + at, bytes);
 }
 
-/* The same over rows of `bytes` bytes. */
-INLINE void multiply(floats sums[][ROWS], const char *const *x, int tokens, const char *const *row, long bytes, int half)
+/* The same over `bytes` bytes of x. Bits come in whole words, of which the last ones meet zeros. */
+INLINE void multiply(floats sums[][ROWS], const char *const *x, int tokens, const char *const *row, const Level *level,
+                     long bytes, int half)
 {
     long at = 0;
-    for (; at + STEP <= bytes; at += STEP) multiply_step(sums, x, tokens, row, at, half);
+    for (; at + STEP <= bytes; at += STEP) multiply_step(sums, x, at, tokens, row, level, at, half);
     if (at == bytes) return;
     char ends[ROWS][STEP], x_ends[TOKENS][STEP];
     const char *end[ROWS], *x_end[TOKENS];
-    pad(ends, end, row, ROWS, at, bytes - at);
     pad(x_ends, x_end, x, tokens, at, bytes - at);
-    multiply_step(sums, x_end, tokens, end, 0, half);
+    if (!level) pad(ends, end, row, ROWS, at, bytes - at);
+    multiply_step(sums, x_end, 0, tokens, level ? row : end, level, level ? at : 0, half);
 }
 
 /* sums[t] += factor[t][j] * row_j in one vector. A line of `sums` has its numbers part by part, as `load` gives them. */
-INLINE void combine_step(float *sums, long line, const float factor[][ROWS], int tokens, const char *const *row, long at,
-                         int half)
+INLINE void combine_step(float *sums, long line, const float factor[][ROWS], int tokens, const char *const *row,
+                         const Level *level, long at, int half)
 {
     for (int part = 0; part < PARTS; part++) {
         floats b[ROWS];
-        for (int j = 0; j < ROWS; j++) b[j] = load(row[j] + at, part, half);
+        for (int j = 0; j < ROWS; j++) b[j] = load_row(row[j], level ? level + j : 0, at, part, half);
         for (int t = 0; t < tokens; t++) {
             floats sum;
             memcpy(&sum, sums + t * line + part * LANES, STEP);
@@ -126,16 +146,17 @@ INLINE void combine_step(float *sums, long line, const float factor[][ROWS], int
     }
 }
 
-/* The same over rows of `bytes` bytes; `line` floats hold as many numbers, in whole vectors. */
-INLINE void combine(float *sums, long line, const float factor[][ROWS], int tokens, const char *const *row, long bytes, int half)
+/* The same over `bytes` bytes of y; `line` floats hold as many numbers, in whole vectors. */
+INLINE void combine(float *sums, long line, const float factor[][ROWS], int tokens, const char *const *row, const Level *level,
+                    long bytes, int half)
 {
     long at = 0;
-    for (; at + STEP <= bytes; at += STEP) combine_step(sums + at / SIZE, line, factor, tokens, row, at, half);
+    for (; at + STEP <= bytes; at += STEP) combine_step(sums + at / SIZE, line, factor, tokens, row, level, at, half);
     if (at == bytes) return;
     char ends[ROWS][STEP];
     const char *end[ROWS];
-    pad(ends, end, row, ROWS, at, bytes - at);
-    combine_step(sums + at / SIZE, line, factor, tokens, end, 0, half);
+    if (!level) pad(ends, end, row, ROWS, at, bytes - at);
+    combine_step(sums + at / SIZE, line, factor, tokens, level ? row : end, level, level ? at : 0, half);
 }
 
 /* to = keep * to + scale * sums, over `bytes` bytes; what is not kept is not read. */
@@ -186,19 +207,22 @@ INLINE void normalise(const char *x, const char *weight, long bytes, float eps, 
     default: call(4);         \
     }
 
-/* Run `part` in each thread, with its number and how many there are. */
-#define IN_THREADS(part)                                    \
+/* Run `part` in each thread, with its number and how many there are; `half` and `bits` become constants. */
+#define IN_THREADS(bits, part)                              \
     _Pragma("omp parallel num_threads(threads) if(threads > 1)") \
     {                                                       \
         int thread = omp_get_thread_num(), all = omp_get_num_threads(); \
-        if (half) part(1);                                  \
-        else part(0);                                       \
+        if (half && bits) part(1, 1);                       \
+        else if (half) part(1, 0);                          \
+        else if (bits) part(0, 1);                          \
+        else part(0, 0);                                    \
     }
 
 typedef struct {
     long segments, chunks, cell, stride; /* a cell's numbers; bytes from one to the next */
-    const int32_t *tokens, *rows, *hidden, *cells;
+    const int32_t *tokens, *rows, *hidden, *cells, *offsets; /* where in its cell a row of bits begins; null: of numbers */
     const float *scale;
+    const Level *levels;
     const char *pool;
 } Rows;
 
@@ -217,27 +241,36 @@ INLINE long costs(const Rows *r)
 }
 
 /* Where chunk `c` of a row is. */
-INLINE const char *cell(const Rows *r, long row, long c) { return r->pool + r->cells[row * r->chunks + c] * r->stride; }
+INLINE const char *cell(const Rows *r, long row, long c, int bits)
+{
+    return r->pool + r->cells[row * r->chunks + c] * r->stride + (bits ? r->offsets[row] : 0);
+}
+
+/* The bytes of so many numbers of a row. */
+INLINE long bytes_of(long numbers, int half, int bits) { return bits ? (numbers + 31) / 32 * 4 : numbers * SIZE; }
 
 /* The activations of `count` <= ROWS rows from `row` on, for `tokens` tokens; `count` rows from `ahead` on are asked for. */
 INLINE void activations(const Rows *r, long row, long count, long ahead, const char *const *x, int tokens, long width,
-                        float *hidden, long line, int half)
+                        float *hidden, long line, int half, int bits)
 {
     floats sums[TOKENS][ROWS] = {0};
     long stop = least_of(ahead + count, r->rows[r->segments]);
     for (long c = 0, start = 0; start < width; c++, start += r->cell) {
         const char *at[ROWS], *part[TOKENS];
-        long bytes = least_of(r->cell, width - start) * SIZE;
-        for (int j = 0; j < ROWS; j++) at[j] = cell(r, row + least_of(j, count - 1), c);
+        Level level[ROWS];
+        long numbers = least_of(r->cell, width - start);
+        for (int j = 0; j < ROWS; j++) at[j] = cell(r, row + least_of(j, count - 1), c, bits);
+        for (int j = 0; j < ROWS && bits; j++) level[j] = r->levels[row + least_of(j, count - 1)];
         for (int t = 0; t < tokens; t++) part[t] = x[t] + start * SIZE;
-        for (long j = ahead; j < stop; j++) fetch(cell(r, j, c), bytes);
-        multiply(sums, part, tokens, at, bytes, half);
+        for (long j = ahead; j < stop; j++) fetch(cell(r, j, c, bits), bytes_of(numbers, half, bits));
+        multiply(sums, part, tokens, at, bits ? level : 0, numbers * SIZE, half);
     }
     for (int t = 0; t < tokens; t++)
         for (int j = 0; j < count; j++) hidden[t * line + j] = total(sums[t][j]);
 }
 
-INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width, float *hidden, int thread, int all, int half)
+INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width, float *hidden, int thread, int all, int half,
+                        int bits)
 {
     long sum = costs(r), low = sum * thread / all, high = sum * (thread + 1) / all, seen = 0;
     long ahead = ROWS * ((AHEAD + ROWS * r->chunks - 1) / (ROWS * r->chunks));
@@ -252,7 +285,7 @@ INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width,
                 const char *at[TOKENS];
                 long next = t ? r->rows[r->segments] : row + ahead;
                 for (int i = 0; i < TOKENS; i++) at[i] = x + (r->tokens[s] + least_of(t + i, tokens - 1)) * x_stride;
-#define CALL(n) activations(r, row, count, next, at, n, width, hidden + r->hidden[s] + t * rank + j, rank, half)
+#define CALL(n) activations(r, row, count, next, at, n, width, hidden + r->hidden[s] + t * rank + j, rank, half, bits)
                 UNROLLED(tokens - t, CALL)
 #undef CALL
             }
@@ -262,8 +295,8 @@ INLINE void shrink_part(const Rows *r, const char *x, long x_stride, long width,
 
 void shrink(const Rows *r, const char *x, long x_stride, long width, float *hidden, int half, int threads)
 {
-#define PART(half) shrink_part(r, x, x_stride, width, hidden, thread, all, half)
-    IN_THREADS(PART)
+#define PART(half, bits) shrink_part(r, x, x_stride, width, hidden, thread, all, half, bits)
+    IN_THREADS(r->offsets, PART)
 #undef PART
 }
 
@@ -307,16 +340,16 @@ INLINE void start(const Rows *r, Walk *w, long width, int thread, int all)
 }
 
 /* Where the numbers of row `j` of the piece begin. */
-INLINE const char *piece_row(const Rows *r, const Piece *p, long j, int half)
+INLINE const char *piece_row(const Rows *r, const Piece *p, long j, int half, int bits)
 {
-    return cell(r, r->rows[p->s] + j, p->chunk) + (p->start - p->chunk * r->cell) * SIZE;
+    return cell(r, r->rows[p->s] + j, p->chunk, bits) + bytes_of(p->start - p->chunk * r->cell, half, bits);
 }
 
 /* Ask for the next `count` rows. */
-INLINE void fetch_rows(const Rows *r, Walk *w, long width, long count, int half)
+INLINE void fetch_rows(const Rows *r, Walk *w, long width, long count, int half, int bits)
 {
     for (; count && w->more; count--) {
-        fetch(piece_row(r, &w->piece, w->row, half), (w->piece.stop - w->piece.start) * SIZE);
+        fetch(piece_row(r, &w->piece, w->row, half, bits), bytes_of(w->piece.stop - w->piece.start, half, bits));
         if (++w->row < r->rows[w->piece.s + 1] - r->rows[w->piece.s]) continue;
         w->row = 0;
         w->more = next(r, &w->piece, width, w->low, w->high, &w->seen, &w->last);
@@ -325,7 +358,7 @@ INLINE void fetch_rows(const Rows *r, Walk *w, long width, long count, int half)
 
 /* `tokens` tokens of a piece, from `token` on. Rows of scale 0 are skipped, so that y stays as it is to the bit. */
 INLINE void expand_piece(const Rows *r, const Piece *p, Walk *ahead, long width, const float *hidden, char *y, long y_stride,
-                         long token, int tokens, int half)
+                         long token, int tokens, int half, int bits)
 {
     long rank = r->rows[p->s + 1] - r->rows[p->s], bytes = (p->stop - p->start) * SIZE;
     const float *scale = r->scale + r->rows[p->s], *h = hidden + r->hidden[p->s] + token * rank;
@@ -334,17 +367,19 @@ INLINE void expand_piece(const Rows *r, const Piece *p, Walk *ahead, long width,
     int any = 0;
     for (long j = 0; j < rank; j += ROWS) {
         const char *row[ROWS];
+        Level level[ROWS];
         float factor[TOKENS][ROWS];
         int used = 0;
-        if (!token) fetch_rows(r, ahead, width, least_of(ROWS, rank - j), half);
+        if (!token) fetch_rows(r, ahead, width, least_of(ROWS, rank - j), half, bits);
         for (int i = 0; i < ROWS; i++) {
             long at = least_of(j + i, rank - 1);
             float strength = j + i < rank ? scale[at] : 0;
             used |= strength != 0;
-            row[i] = piece_row(r, p, at, half);
+            row[i] = piece_row(r, p, at, half, bits);
+            if (bits) level[i] = r->levels[r->rows[p->s] + at];
             for (int t = 0; t < tokens; t++) factor[t][i] = strength != 0 ? strength * h[t * rank + at] : 0;
         }
-        if (used) combine(sums, BLOCK, factor, tokens, row, bytes, half);
+        if (used) combine(sums, BLOCK, factor, tokens, row, bits ? level : 0, bytes, half);
         any |= used;
     }
     if (!any) return;
@@ -352,16 +387,17 @@ INLINE void expand_piece(const Rows *r, const Piece *p, Walk *ahead, long width,
         finish(y + (r->tokens[p->s] + token + t) * y_stride + p->start * SIZE, sums + t * BLOCK, 1, 1, bytes, half);
 }
 
-INLINE void expand_part(const Rows *r, const float *hidden, char *y, long y_stride, long width, int thread, int all, int half)
+INLINE void expand_part(const Rows *r, const float *hidden, char *y, long y_stride, long width, int thread, int all, int half,
+                        int bits)
 {
     Walk walk, ahead;
     start(r, &walk, width, thread, all);
     ahead = walk;
-    fetch_rows(r, &ahead, width, AHEAD, half);
+    fetch_rows(r, &ahead, width, AHEAD, half, bits);
     for (; walk.more; walk.more = next(r, &walk.piece, width, walk.low, walk.high, &walk.seen, &walk.last)) {
         long tokens = r->tokens[walk.piece.s + 1] - r->tokens[walk.piece.s];
         for (long t = 0; t < tokens; t += TOKENS) {
-#define CALL(n) expand_piece(r, &walk.piece, &ahead, width, hidden, y, y_stride, t, n, half)
+#define CALL(n) expand_piece(r, &walk.piece, &ahead, width, hidden, y, y_stride, t, n, half, bits)
             UNROLLED(tokens - t, CALL)
 #undef CALL
         }
@@ -370,24 +406,25 @@ INLINE void expand_part(const Rows *r, const float *hidden, char *y, long y_stri
 
 void expand(const Rows *r, const float *hidden, char *y, long y_stride, long width, int half, int threads)
 {
-#define PART(half) expand_part(r, hidden, y, y_stride, width, thread, all, half)
-    IN_THREADS(PART)
+#define PART(half, bits) expand_part(r, hidden, y, y_stride, width, thread, all, half, bits)
+    IN_THREADS(r->offsets, PART)
 #undef PART
 }
 
-/* Both, one after the other: y += rows of `up` times (rows of `down` times x). Threads meet once in between. */
+/* Both, one after the other: y += rows of `up` times (rows of `down` times x), both of bits or neither. Threads meet once
+ * in between. */
 void add(const Rows *down, const Rows *up, const char *down_pool, const char *up_pool, const char *x, long x_stride,
          long x_width, float *hidden, char *y, long y_stride, long y_width, int half, int threads)
 {
     Rows first = *down, second = *up;
     first.pool = down_pool, second.pool = up_pool;
-#define PART(half)                                                        \
-    do {                                                                  \
-        shrink_part(&first, x, x_stride, x_width, hidden, thread, all, half); \
-        _Pragma("omp barrier")                                            \
-        expand_part(&second, hidden, y, y_stride, y_width, thread, all, half); \
+#define PART(half, bits)                                                        \
+    do {                                                                        \
+        shrink_part(&first, x, x_stride, x_width, hidden, thread, all, half, bits); \
+        _Pragma("omp barrier")                                                  \
+        expand_part(&second, hidden, y, y_stride, y_width, thread, all, half, bits); \
     } while (0)
-    IN_THREADS(PART)
+    IN_THREADS(first.offsets, PART)
 #undef PART
 }
 
@@ -453,7 +490,7 @@ INLINE void score(const char *const *query, int heads, const char *const *key, c
     for (int i = 0; i < CELLS; i += ROWS) {
         floats sums[TOKENS][ROWS] = {0};
         for (int j = 0; j < ROWS; j++) fetch(value[i + j], bytes);
-        multiply(sums, query, heads, key + i, bytes, half);
+        multiply(sums, query, heads, key + i, 0, bytes, half);
         for (int t = 0; t < heads; t++)
             for (int j = 0; j < ROWS; j++) scores[t * CELLS + i + j] = total(sums[t][j]);
     }
@@ -468,7 +505,7 @@ INLINE void weigh(const float *scores, int heads, const char *const *value, cons
         for (int j = 0; j < ROWS; j++) fetch(after[i + j], bytes);
         for (int t = 0; t < heads; t++)
             for (int j = 0; j < ROWS; j++) factor[t][j] = scores[t * CELLS + i + j];
-        combine(sums, line, factor, heads, value + i, bytes, half);
+        combine(sums, line, factor, heads, value + i, 0, bytes, half);
     }
 }
 
@@ -536,17 +573,17 @@ INLINE void attend_part(const Sequences *s, const char *q, long q_stride, char *
 
 void attend(const Sequences *s, const char *q, long q_stride, char *out, int half, int threads)
 {
-#define PART(half) attend_part(s, q, q_stride, out, thread, all, half)
-    IN_THREADS(PART)
+#define PART(half, bits) attend_part(s, q, q_stride, out, thread, all, half)
+    IN_THREADS(0, PART)
 #undef PART
 }
 
 /* `rows` rows of `width` numbers. */
 void norm(const char *x, long rows, long width, const char *weight, float eps, char *y, int half, int threads)
 {
-#define PART(half)                                                                                   \
+#define PART(half, bits)                                                                             \
     for (long i = rows * thread / all; i < rows * (thread + 1) / all; i++)                           \
     normalise(x + i * width * SIZE, weight, width * SIZE, eps, y + i * width * SIZE, half)
-    IN_THREADS(PART)
+    IN_THREADS(0, PART)
 #undef PART
 }

@@ -38,7 +38,7 @@ class CRows(ctypes.Structure):
     """``Rows`` of native.c."""
 
     _fields_ = [(n, c_long) for n in ("segments", "chunks", "cell", "stride")] + [
-        (n, c_void_p) for n in ("tokens", "rows", "hidden", "cells", "scale", "pool")
+        (n, c_void_p) for n in ("tokens", "rows", "hidden", "cells", "offsets", "scale", "levels", "pool")
     ]
 
 
@@ -103,14 +103,17 @@ class Native:
         found = rows.__dict__.get(DESCRIBED)
         if found is None:
             bounds = rows.tokens.data_ptr(), rows.rows.data_ptr(), rows.hidden.data_ptr()
+            bits = rows.bits
             found = rows.__dict__[DESCRIBED] = CRows(
                 len(rows.tokens) - 1,
                 rows.cells.shape[1],
-                pool.shape[1],
+                pool.shape[1] * (1 if bits is None else 8 * self.size),
                 pool.stride(0) * self.size,
                 *bounds,
                 rows.cells.data_ptr(),
+                None if bits is None else bits.offsets.data_ptr(),
                 rows.scale.data_ptr(),
+                None if bits is None else bits.levels.data_ptr(),
                 pool.data_ptr(),
             )
         return found

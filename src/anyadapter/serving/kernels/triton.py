@@ -7,6 +7,8 @@ at most ⌊T / block⌋ + S blocks. Products of 16-bit numbers are exact in tf32
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,10 +37,23 @@ def locate(bounds, segments, block, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def load_rows(pool, stride, cell, row, offsets, levels, columns, mask, BITS: tl.constexpr):
+    """These columns of these rows' cells, fp32: numbers, or the levels that bits choose."""
+    if not BITS:
+        return tl.load(pool + cell[:, None] * stride + columns[None, :], mask=mask, other=0).to(tl.float32)
+    used = tl.max(mask.to(tl.int32), 1) > 0
+    offset = tl.load(offsets + row, mask=used, other=0).to(tl.int64)
+    low, high = tl.load(levels + 2 * row, mask=used, other=0), tl.load(levels + 2 * row + 1, mask=used, other=0)
+    place = (cell * stride + offset)[:, None] + (columns // 8)[None, :]
+    bit = (tl.load(pool + place, mask=mask, other=0).to(tl.int32) >> (columns % 8)[None, :]) & 1
+    return tl.where(mask, tl.where(bit == 1, high[:, None], low[:, None]), 0)
+
+
+@triton.jit
 def shrink_kernel(
-    x, x_stride, pool, stride, bounds, rows, hidden_bounds, cells, hidden, segments, chunks, width, total,
-    CELL: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_stride, pool, stride, bounds, rows, hidden_bounds, cells, offsets, levels, hidden, segments, chunks, width, total,
+    CELL: tl.constexpr, SPAN: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop = locate(bounds, segments, tl.program_id(0), SEGMENTS, TOKENS)
     if segment >= segments:
@@ -53,21 +68,21 @@ def shrink_kernel(
         sums = tl.zeros((TOKENS, ROWS), tl.float32)
         for c in range(chunks * split // SPLITS, chunks * (split + 1) // SPLITS):
             cell = tl.load(cells + (begin + j) * chunks + c, mask=j < rank, other=0).to(tl.int64)
-            for column in range(0, CELL, COLUMNS):
+            for column in range(0, SPAN, COLUMNS):
                 there = (column + k < CELL) & (c * CELL + column + k < width)
                 place = at.to(tl.int64)[:, None] * x_stride + (c * CELL + column + k)[None, :]
                 part = tl.load(x + place, mask=(at < stop)[:, None] & there[None, :], other=0).to(tl.float32)
-                place = cell[:, None] * stride + (column + k)[None, :]
-                a = tl.load(pool + place, mask=(j < rank)[:, None] & there[None, :], other=0).to(tl.float32)
+                mask = (j < rank)[:, None] & there[None, :]
+                a = load_rows(pool, stride, cell, begin + j, offsets, levels, column + k, mask, BITS)
                 sums = tl.dot(part, tl.trans(a), sums, input_precision=PRECISION)
         tl.store(out[:, None] + j[None, :], sums, mask=(at < stop)[:, None] & (j < rank)[None, :])
 
 
 @triton.jit
 def expand_kernel(
-    hidden, y, y_stride, pool, stride, bounds, rows, hidden_bounds, cells, scale, segments, chunks, width,
-    CELL: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hidden, y, y_stride, pool, stride, bounds, rows, hidden_bounds, cells, offsets, levels, scale, segments, chunks, width,
+    CELL: tl.constexpr, SPAN: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop = locate(bounds, segments, tl.program_id(0), SEGMENTS, TOKENS)
     if segment >= segments:
@@ -75,7 +90,7 @@ def expand_kernel(
     begin, rank = tl.load(rows + segment), tl.load(rows + segment + 1) - tl.load(rows + segment)
     if rank == 0:
         return
-    at, pieces = start + tl.arange(0, TOKENS), (CELL + COLUMNS - 1) // COLUMNS
+    at, pieces = start + tl.arange(0, TOKENS), (SPAN + COLUMNS - 1) // COLUMNS
     c, column = tl.program_id(1) // pieces, tl.program_id(1) % pieces * COLUMNS + tl.arange(0, COLUMNS)
     there = (column < CELL) & (c * CELL + column < width)
     activations = hidden + tl.load(hidden_bounds + segment) + (at - tl.load(bounds + segment)) * rank
@@ -86,8 +101,8 @@ def expand_kernel(
         used = strength != 0  # a row of scale 0 is not read
         cell = tl.load(cells + (begin + j) * chunks + c, mask=used, other=0).to(tl.int64)
         h = tl.load(activations[:, None] + j[None, :], mask=(at < stop)[:, None] & used[None, :], other=0)
-        place = cell[:, None] * stride + column[None, :]
-        b = tl.load(pool + place, mask=used[:, None] & there[None, :], other=0).to(tl.float32)
+        mask = used[:, None] & there[None, :]
+        b = load_rows(pool, stride, cell, begin + j, offsets, levels, column, mask, BITS)
         sums = tl.dot(h * strength[None, :], b, sums, input_precision=PRECISION)
     place = y + at.to(tl.int64)[:, None] * y_stride + (c * CELL + column)[None, :]
     mask = (at < stop)[:, None] & there[None, :]
@@ -149,23 +164,22 @@ class Triton:
         splits = min(SPLITS, chunks)
         hidden = torch.empty(splits, rows.total, device=x.device)
         if rows.total:
+            pool, where = rows_in(pool, rows, x.shape[1])
             shrink_kernel[len(x) // TILE + segments, ROW_PROGRAMS, splits](
-                x, x.stride(0), pool, pool.stride(0), rows.tokens, rows.rows, rows.hidden, rows.cells, hidden,
-                segments, chunks, x.shape[1], rows.total,
-                CELL=pool.shape[1], SEGMENTS=triton.next_power_of_2(segments), TOKENS=TILE, ROWS=TILE,
-                COLUMNS=columns(pool.shape[1]), PROGRAMS=ROW_PROGRAMS, SPLITS=splits, PRECISION=precision(x.dtype),
+                x, x.stride(0), pool, pool.stride(0), rows.tokens, rows.rows, rows.hidden, *where.pop("tables"), hidden,
+                segments, chunks, x.shape[1], rows.total, SEGMENTS=triton.next_power_of_2(segments), TOKENS=TILE, ROWS=TILE,
+                PROGRAMS=ROW_PROGRAMS, SPLITS=splits, PRECISION=precision(x.dtype), **where,
             )  # fmt: skip
         return hidden.sum(0)
 
     def expand(self, hidden: Tensor, y: Tensor, pool: Tensor, rows: Rows) -> None:
         segments, chunks = len(rows.tokens) - 1, rows.cells.shape[1]
-        block = columns(pool.shape[1])
         if rows.total:
-            expand_kernel[len(y) // TILE + segments, chunks * triton.cdiv(pool.shape[1], block)](
-                hidden, y, y.stride(0), pool, pool.stride(0), rows.tokens, rows.rows, rows.hidden, rows.cells,
-                rows.scale, segments, chunks, y.shape[1],
-                CELL=pool.shape[1], SEGMENTS=triton.next_power_of_2(segments), TOKENS=TILE, ROWS=TILE, COLUMNS=block,
-                PRECISION=precision(y.dtype),
+            pool, where = rows_in(pool, rows, y.shape[1])
+            expand_kernel[len(y) // TILE + segments, chunks * triton.cdiv(where["SPAN"], where["COLUMNS"])](
+                hidden, y, y.stride(0), pool, pool.stride(0), rows.tokens, rows.rows, rows.hidden, *where.pop("tables"),
+                rows.scale, segments, chunks, y.shape[1], SEGMENTS=triton.next_power_of_2(segments), TOKENS=TILE, ROWS=TILE,
+                PRECISION=precision(y.dtype), **where,
             )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
@@ -195,6 +209,17 @@ class Triton:
             PRECISION=precision(q.dtype),
         )  # fmt: skip
         return out
+
+
+def rows_in(pool: Tensor, rows: Rows, width: int) -> tuple[Tensor, dict[str, Any]]:
+    """The pool, by bytes where the rows are of bits, and what a kernel must know of how they lie in it."""
+    bits = rows.bits
+    if bits is not None:
+        pool = pool.view(torch.uint8)
+    cell = pool.shape[1] * (1 if bits is None else 8)
+    span = min(cell, triton.next_power_of_2(width))  # of a cell, what is used
+    tables = (rows.cells, None, None) if bits is None else (rows.cells, bits.offsets, bits.levels)
+    return pool, {"tables": tables, "CELL": cell, "SPAN": span, "COLUMNS": columns(span), "BITS": bits is not None}
 
 
 def columns(width: int) -> int:
