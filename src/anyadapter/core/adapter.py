@@ -8,14 +8,15 @@ the adapter where sites share them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from anyadapter.core.errors import ArtefactError, ConfigError, near
+from anyadapter.core.errors import ArtefactError, ConfigError, SignalError, near
 from anyadapter.core.site import Kind, Site
 
 if TYPE_CHECKING:
@@ -71,9 +72,15 @@ class Branch(nn.Module):
 
     Attributes:
         scale: how strongly it acts; 1 as trained, 0 as absent.
+        rows: (batch,), by what more to multiply the scale in each row of the running call, or None.
     """
 
     scale: float = 1.0
+    rows: Tensor | None = None
+
+    def strength(self, like: Tensor) -> float | Tensor:
+        """What to multiply this branch's effect by: the scale, or a factor for each row, (batch, 1, …), as ``like`` has axes."""
+        return strength(self.scale, self.rows, like)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped ``call`` and return the new result."""
@@ -103,14 +110,19 @@ class Adapter(nn.Module):
     Class attributes of a method:
         Config: its configuration class.
         reads: the signals it needs.
-        capabilities: what it supports besides attaching, training and saving: ``"scale"``, ``"merge"``.
+        capabilities: what it supports besides attaching, training and saving: ``"scale"``, ``"merge"``, and the verbs of
+            :mod:`anyadapter.compose`: ``"weighted_sum"``, ``"average"``, ``"slice_merge"``, ``"route"``.
         groups: named groups of trainable tensors, each a tuple of patterns of tensor names.
+        slices: patterns of the names of tensors that hold a part for each task, language or the like, and the axis along
+            which those parts lie. Tensors that match none are shared by all.
     """
 
     Config: ClassVar[type[AdapterConfig]]
     reads: ClassVar[tuple[str, ...]] = ()
     capabilities: ClassVar[frozenset[str]] = frozenset()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    slices: ClassVar[Mapping[str, int]] = {}
+    rows: Tensor | None = None
 
     def __init__(self, config: AdapterConfig, host: Host) -> None:
         super().__init__()
@@ -124,6 +136,8 @@ class Adapter(nn.Module):
         self.base_paths = tuple(host.modules)
         self.branches = nn.ModuleDict()
         self.placements: list[Placement] = []
+        self.packed: dict[str, Any] = {}  # codes of matrices that are quantised and no longer trained, by name
+        self.lost: dict[str, float] = {}  # of a weighted sum: the relative error of each update cut to a lower rank
         self._scale = 1.0
         self.setup(host)
 
@@ -159,6 +173,34 @@ class Adapter(nn.Module):
         """The value of a signal for this call. Raises :class:`SignalError` when it is not set."""
         return self.signals.read(name, f"{type(self).__name__} {self.name!r}")
 
+    def strength(self, like: Tensor) -> float | Tensor:
+        """:meth:`Branch.strength`, for sites that share the adapter's own tensors."""
+        return strength(self._scale, self.rows, like)
+
+    @contextmanager
+    def routed(self, rows: Tensor) -> Iterator[None]:
+        """Inside the block it acts on each row of a batch with another strength, ``rows`` (batch,) times its scale."""
+        parts = [self, *(branch for branch in self.branches.values() if isinstance(branch, Branch))]
+        before = [part.rows for part in parts]
+        try:
+            for part in parts:
+                part.rows = rows
+            yield
+        finally:
+            for part, value in zip(parts, before):
+                part.rows = value
+
+    @classmethod
+    def weighted_sum(
+        cls, adapters: Sequence[Any], weights: Sequence[float], rank: int | None = None
+    ) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, float]]:
+        """One adapter whose effect is the weighted sum of these; of methods with that capability.
+
+        Returns:
+            Its configuration, its tensors, and what cutting it to ``rank`` cost, by module.
+        """
+        raise NotImplementedError
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the block the adapter is as if absent."""
@@ -171,6 +213,15 @@ class Adapter(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """All its tensors by name, ``<module path>.<tensor>``: what is saved. Not copies."""
         return {unescape(name): tensor for name, tensor in self.state_dict(keep_vars=True).items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """:meth:`tensors`, but each as it is computed with: of a quantised matrix in training, the rounded one."""
+        found = self.tensors()
+        for path, module in self.named_modules(remove_duplicate=False):
+            for key in getattr(module, "parametrizations", ()):
+                if (name := unescape(f"{path}.{key}" if path else key)) in found:
+                    found[name] = getattr(module, key)
+        return found
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the values in, in place: a compiled model sees them without recompiling.
@@ -188,20 +239,49 @@ class Adapter(nn.Module):
         """Make the tensors of these groups trainable and no others; with no name, all.
 
         Raises:
-            ConfigError: no such group.
+            ConfigError: no such group, or the adapter is packed.
         """
+        if self.packed:
+            raise ConfigError(
+                f"{type(self).__name__} {self.name!r} is packed: what its codes were rounded from, and training would change, "
+                "is not kept with them. Go on from a checkpoint, or from a folder saved with latents=True."
+            )
+        chosen = {id(parameter) for group in groups for parameter in self.group(group)}
+        for parameter in self.parameters():
+            parameter.requires_grad_(not groups or id(parameter) in chosen)
+
+    def group(self, name: str) -> list[nn.Parameter]:
+        """The tensors of one of its groups. Raises :class:`ConfigError` when there is no such group."""
         from fnmatch import fnmatchcase
 
-        for group in groups:
-            if group not in self.groups:
-                raise ConfigError(f"{type(self).__name__} has no group {group!r}. {near(group, self.groups)}")
-        patterns = [p for group in groups for p in self.groups[group]]
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not groups or any(fnmatchcase(unescape(name), p) for p in patterns))
+        if name not in self.groups:
+            raise ConfigError(f"{type(self).__name__} has no group {name!r}. {near(name, self.groups)}")
+        patterns = self.groups[name]
+        return [p for key, p in self.named_parameters() if any(fnmatchcase(unescape(key), each) for each in patterns)]
+
+    def row_signal(self, name: str, value: Any) -> Any:
+        """A signal for one row of training data, from the row's entry: a number or numbers; by default the entry itself.
+
+        Raises:
+            SignalError: it is none.
+        """
+        return value
 
     def parameter_count(self) -> int:
         """How many numbers it holds."""
         return sum(p.numel() for p in self.parameters())
+
+
+def same_config(adapters: Sequence[Adapter]) -> None:
+    """Raise a :class:`ConfigError` that names what differs, unless all have the same settings and scale."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        mine, theirs = ({**a.config.to_dict(), "adapter.scale": a.scale} for a in (first, other))
+        differing = [f"{key} ({mine[key]!r} and {theirs[key]!r})" for key in mine if mine[key] != theirs[key]]
+        if differing:
+            raise ConfigError(
+                f"{first.name!r} and {other.name!r} differ in {', '.join(differing)}; their tensors do not correspond."
+            )
 
 
 def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -218,11 +298,32 @@ def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
         raise ArtefactError("The tensors do not fit this adapter:\n  " + "\n  ".join(problems[:10]) + more)
 
 
+def strength(scale: float, rows: Tensor | None, like: Tensor) -> float | Tensor:
+    """A scale as a factor of something of the shape of ``like``, whose first axis is the batch.
+
+    Raises:
+        SignalError: there are factors for another number of rows.
+    """
+    if rows is None:
+        return scale
+    if len(like) != len(rows):
+        raise SignalError(
+            f"This call's batch is routed as {len(rows)} rows, and a module inside works on {len(like)}. Beams, choices and "
+            "guidance multiply the rows of a batch: repeat the routes likewise. A model that folds the tokens of a batch "
+            "together, or windows or frames, cannot be routed."
+        )
+    return scale * rows.to(like.device).view(-1, *[1] * (like.dim() - 1))
+
+
 def escape(name: str) -> str:
     """A dotted path as one key of a module dictionary, which allows neither dots nor the names of its own methods."""
     return "/" + name.replace(".", "/")
 
 
 def unescape(name: str) -> str:
-    """The inverse of :func:`escape`, also for the name of a tensor in a branch: no prefix, plain dots."""
+    """The inverse of :func:`escape`, also for the name of a tensor in a branch: no prefix, plain dots.
+
+    A parameter that torch computes from another one (``parametrizations.weight.original``) keeps its name (``weight``).
+    """
+    name = re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", name)
     return name.removeprefix("branches.").removeprefix("/").replace("/", ".")

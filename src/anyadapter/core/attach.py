@@ -40,7 +40,11 @@ def attach(
     """
     host = Host.of(model)
     check_name(host, name)
-    adapter = build(host, config, name, dtype)
+    return place(host, build(host, config, name, dtype))
+
+
+def place(host: Host, adapter: Adapter) -> Adapter:
+    """Put an adapter that :func:`build` made in place, outside those attached before."""
     if not host.adapters:
         host.trainable = [p for p in host.model.parameters() if p.requires_grad]
         for parameter in host.trainable:

@@ -290,6 +290,17 @@ _VIT: Mapping[str, Patterns] = {
     "head": "classifier",
 }
 
+_TIMM_VIT: Mapping[str, Patterns] = {
+    "layer": "blocks.*",
+    **part("self_attention", "blocks.*.attn", qkv="qkv", output="proj"),  # qkv: the thirds of the output
+    **part("feed_forward", "blocks.*.mlp", up="fc1", down="fc2"),
+    "attention_norm": "blocks.*.norm1",
+    "feed_forward_norm": "blocks.*.norm2",
+    "final_norm": "norm",
+    "patch_embedding": "patch_embed",
+    "head": "head",
+}
+
 _CLIP: Mapping[str, Patterns] = {
     "layer": "layers.*",
     **part("self_attention", "layers.*.self_attn", **_PROJ, output="out_proj"),
@@ -406,6 +417,7 @@ for _names, _roles in {
     ("whisper",): _WHISPER,
     ("t5", "mt5"): _T5,
     ("vit",): _VIT,
+    ("VisionTransformer",): _TIMM_VIT,
     ("clip", "clip_text_model", "clip_vision_model"): _CLIP,
     ("sam", "sam_vision_model"): _SAM,
     ("UNet2DConditionModel",): _UNET,

@@ -65,7 +65,7 @@ class DownUp(Branch):
         hidden = self.adapter_down(self.dropout(x.to(self.adapter_down.weight.dtype)))
         out = self.adapter_up(self.activation(hidden)).to(x.dtype)
         s = self.adapter_scaling
-        return out * ((s.to(x.dtype) if isinstance(s, Tensor) else s) * self.scale)
+        return (out * ((s.to(x.dtype) if isinstance(s, Tensor) else s) * self.strength(out))).to(x.dtype)
 
 
 class Before(DownUp):

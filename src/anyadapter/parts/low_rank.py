@@ -44,12 +44,20 @@ class LowRank(Branch):
         x = x.to(self.lora_A.weight.dtype)
         if self.dropout is not None:
             x = self.dropout(x)
-        hidden, strength = self.lora_A(x), self.scaling * self.scale
-        if isinstance(self.lora_B, nn.Conv2d) or hidden.dtype != out.dtype or not is_power_of_two(strength):
+        hidden, strength = self.lora_A(x), self.scaling * self.strength(out)
+        by_hand = isinstance(self.lora_B, nn.Conv2d) or hidden.dtype != out.dtype
+        if by_hand or isinstance(strength, Tensor) or not is_power_of_two(strength):
             return (out + self.lora_B(hidden) * strength).to(out.dtype)
         # The same numbers by a product that adds into a copy of `out`, which saves two passes over it.
         rows, columns = out.reshape(-1, out.shape[-1]), self.lora_B.weight.to(out.dtype).T
         return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), columns, alpha=strength).view_as(out)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, (r, in), and scaling · B, (out, r), in fp32, so that their product is the update at scale 1.
+
+        Of a convolution, (r, in, height, width) and (out, r, 1, 1).
+        """
+        return self.lora_A.weight.detach().float(), self.lora_B.weight.detach().float() * self.scaling
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """scale · scaling · B A, in fp32 and in the layout of ``module.weight``."""
@@ -60,6 +68,27 @@ class LowRank(Branch):
             delta = b @ a
             delta = delta if isinstance(module, nn.Linear) else delta.T
         return delta * (self.scaling * self.scale)
+
+
+def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The nearest product B A of a lower rank (Eckart and Young 1936), by the singular values of R_B R_Aᵀ.
+
+    Args:
+        a, b: as :meth:`LowRank.factors` gives them.
+        rank: of the result, at most that of ``a`` and ``b``.
+
+    Returns:
+        A and B of that rank, each with the roots of the singular values, and the relative error, ‖BA − B'A'‖ / ‖BA‖ in the
+        Frobenius norm.
+    """
+    q_a, r_a = torch.linalg.qr(a.flatten(1).double().T)
+    q_b, r_b = torch.linalg.qr(b.flatten(1).double())
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    half = s[:rank].sqrt()
+    new_a, new_b = (v[:rank] * half[:, None]) @ q_a.T, q_b @ (u[:, :rank] * half)
+    total = float(s.norm())
+    error = float(s[rank:].norm()) / total if total else 0.0
+    return new_a.float().view(rank, *a.shape[1:]), new_b.float().view(len(b), rank, *b.shape[2:]), error
 
 
 def is_power_of_two(value: float) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter, Branch, Targets
-from anyadapter.core.errors import AttachError
+from anyadapter.core.errors import AttachError, ConfigError
 from anyadapter.core.host import Host
 
 
@@ -58,6 +58,27 @@ def place_whole(adapter: Adapter, host: Host, targets: Targets) -> tuple[str, ..
             )
         adapter.at(site, Whole(site.module))
     return tuple(site.path for site in sites)
+
+
+def average_whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted average of the modules that adapters train as a whole, by tensor name.
+
+    Raises:
+        ConfigError: they are not the same modules, or the weights do not sum to 1: there is no zero to add a module to.
+    """
+    paths = [{p.path for p in adapter.placements if isinstance(p.branch, Whole)} for adapter in adapters]
+    if any(other != paths[0] for other in paths):
+        raise ConfigError(
+            f"{adapters[0].name!r} trains {sorted(paths[0]) or 'no module'} as a whole, the others do not train the same."
+        )
+    if paths[0] and abs(sum(weights) - 1) > 1e-6:
+        raise ConfigError(
+            f"{', '.join(sorted(paths[0]))} is trained as a whole: such copies can be averaged, with weights that sum to 1, not "
+            f"added; these sum to {sum(weights):g}."
+        )
+    values = [adapter.values() for adapter in adapters]
+    names = [name for name in values[0] if any(name.startswith(f"{path}.whole.") for path in paths[0])]
+    return {name: torch.stack([w * v[name].detach().float() for w, v in zip(weights, values)]).sum(0) for name in names}
 
 
 def within(path: str, paths: tuple[str, ...]) -> bool:

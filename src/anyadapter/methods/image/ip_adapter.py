@@ -85,7 +85,7 @@ class IPAdapter(Adapter):
 
     Config = IPAdapterConfig
     reads = ("image_tokens",)
-    capabilities = frozenset({"scale"})
+    capabilities = frozenset({"scale", "average", "route"})
     config: IPAdapterConfig
 
     def setup(self, host: Host) -> None:
@@ -143,7 +143,8 @@ class IPAdapter(Adapter):
         heads = call(q, k, v, mask, **options)
         if self.scale == 0:
             return heads
-        return heads + self.scale * layer(q, self.image_tokens(q.shape[0]), options.get("scaling"))
+        image = layer(q, self.image_tokens(q.shape[0]), options.get("scaling"))
+        return heads + (self.strength(heads) * image).to(heads.dtype)
 
     def image_tokens(self, batch: int) -> Tensor:
         """This adapter's tokens for a call of ``batch`` rows. Raises :class:`SignalError` when they do not fit."""

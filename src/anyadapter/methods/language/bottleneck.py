@@ -105,7 +105,7 @@ class Bottleneck(Adapter):
     """z(x) = s · U act(D x) before, after or beside each target."""
 
     Config = BottleneckConfig
-    capabilities = frozenset({"scale"})
+    capabilities = frozenset({"scale", "average", "route"})
     config: BottleneckConfig
 
     def setup(self, host: Host) -> None:

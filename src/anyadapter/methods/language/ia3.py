@@ -5,7 +5,7 @@ Liu et al. 2022, arXiv 2205.05638, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
+from anyadapter.core.errors import ConfigError
 from anyadapter.core.host import Host, features
-from anyadapter.parts.whole import place_whole
+from anyadapter.parts.whole import average_whole, place_whole
 
 KEYS_AND_VALUES = ("self_attention.key", "self_attention.value", "cross_attention.key", "cross_attention.value")
 FUSED = ("self_attention.qkv", "cross_attention.kv")
@@ -43,7 +44,7 @@ class IA3(Adapter):
     """k ← l_k ⊙ k, v ← l_v ⊙ v, and (l_ff ⊙ γ(W₁ x)) W₂: one vector for each linear, all ones at first."""
 
     Config = IA3Config
-    capabilities = frozenset({"scale", "merge"})
+    capabilities = frozenset({"scale", "merge", "weighted_sum", "average", "route"})
     config: IA3Config
 
     def setup(self, host: Host) -> None:
@@ -57,11 +58,30 @@ class IA3(Adapter):
         for site in host.find(config.inputs, layers=config.layers) if config.inputs else ():
             self.at(site, ScaledInput(site.module))
 
+    @classmethod
+    def weighted_sum(
+        cls, adapters: Sequence[IA3], weights: Sequence[float], rank: int | None = None
+    ) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, float]]:
+        """l = 1 + Σ w (l_i − 1): the weight is changed by the weighted sum of the changes. There is no rank to cut."""
+        if rank is not None:
+            raise ConfigError("(IA)³ has no rank; leave it out.")
+        configs = [adapter.config for adapter in adapters]
+        if any(config != configs[0] for config in configs):
+            raise ConfigError("(IA)³ adapters can be added where they have the same settings; these differ.")
+        tensors = average_whole(adapters, weights)
+        values = [adapter.values() for adapter in adapters]
+        for name in values[0]:
+            if name not in tensors:
+                changes = [w * a.scale * (v[name].detach().float() - 1) for w, a, v in zip(weights, adapters, values)]
+                tensors[name] = 1 + torch.stack(changes).sum(0)
+        return configs[0], tensors, {}
 
-def factor(branch: ScaledOutput | ScaledInput) -> Tensor:
-    """The vector at a branch's strength s, 1 + s (l − 1): (features,)."""
+
+def factor(branch: ScaledOutput | ScaledInput, like: Tensor | None = None) -> Tensor:
+    """The vector at a branch's strength s, 1 + s (l − 1): (features,), or (batch, 1, …, features) for routed rows."""
     vector = branch.ia3_l.flatten()
-    return vector if branch.scale == 1 else 1 + branch.scale * (vector - 1)
+    s = branch.scale if like is None else branch.strength(like)
+    return vector if isinstance(s, float) and s == 1 else 1 + s * (vector - 1)
 
 
 class ScaledOutput(Branch):
@@ -74,7 +94,7 @@ class ScaledOutput(Branch):
     def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x: (…, in) → (…, out)."""
         out = call(x)
-        return (out * factor(self)).to(out.dtype)
+        return (out * factor(self, out)).to(out.dtype)
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """(l − 1) ⊙ W, row by row."""
@@ -95,7 +115,7 @@ class ScaledInput(Branch):
 
     def forward(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x: (…, in) → (…, out)."""
-        return call((x * factor(self)).to(x.dtype))
+        return call((x * factor(self, x)).to(x.dtype))
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """(l − 1) ⊙ W, column by column."""

@@ -53,7 +53,7 @@ class LlamaAdapter(Adapter):
     """heads = softmax(q kᵀ + mask) v + act(g) · softmax(q p_kᵀ) p_v, with p_k = W_k P, p_v = W_v P, in the last L layers."""
 
     Config = LlamaAdapterConfig
-    capabilities = frozenset({"scale"})
+    capabilities = frozenset({"scale", "average", "route"})
     config: LlamaAdapterConfig
     idle_gates: Tensor | None
 
@@ -124,11 +124,13 @@ class GatedPrefix(Branch):
         heads = call(q, k, v, mask, **options)
         key, value, key_norm = self.borrowed
         prompts = self.prompts().to(q)
+        if self.rows is not None:  # adapters at these projections act on each row in its own way
+            prompts = prompts.expand(len(q), -1, -1)
         p_k, p_v = split(key(prompts), q), split(value(prompts), q)
         if key_norm is not None:
             p_k = key_norm(p_k)
-        gate = self.gate.tanh() if self.activation == "tanh" else self.gate
-        return heads + (self.scale * gate).to(heads) * attend(q, p_k, p_v, scaling=options.get("scaling")).to(heads)
+        gate = self.strength(heads) * (self.gate.tanh() if self.activation == "tanh" else self.gate)
+        return heads + gate.to(heads) * attend(q, p_k, p_v, scaling=options.get("scaling")).to(heads)
 
 
 def split(x: Tensor, q: Tensor) -> Tensor:

@@ -6,18 +6,20 @@ Hu et al. 2021, arXiv 2106.09685; one of the four families of LLM-Adapters (Hu e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
+from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets, unescape
 from anyadapter.core.errors import TargetError
 from anyadapter.core.host import Host, ends_with, features
-from anyadapter.parts.low_rank import LowRank
-from anyadapter.parts.whole import place_whole, within
+from anyadapter.core.roles import ROLES
+from anyadapter.parts.low_rank import LowRank, truncated
+from anyadapter.parts.whole import average_whole, place_whole, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class LoRA(Adapter):
     """y = W x + (alpha / r) · B A x at every target."""
 
     Config = LoRAConfig
-    capabilities = frozenset({"scale", "merge"})
+    capabilities = frozenset({"scale", "merge", "weighted_sum", "average", "route"})
     config: LoRAConfig
 
     def setup(self, host: Host) -> None:
@@ -89,6 +91,51 @@ class LoRA(Adapter):
             rank, widest = config.rank_of(site.path), max(features(site.module))
             config.require("rank", rank <= widest, f"at most {widest}, the width of {site.path}")
             self.at(site, branch(site.module, rank, config.scaling_of(site.path), config.dropout))
+
+    @classmethod
+    def weighted_sum(
+        cls, adapters: Sequence[LoRA], weights: Sequence[float], rank: int | None = None
+    ) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, float]]:
+        """B A = Σ w s B_i A_i, exactly, by A's rows and B's columns side by side; modules, ranks and alphas may differ.
+
+        Where the ranks together exceed the module's own, or ``rank``, the nearest update of that rank.
+        """
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for adapter, weight in zip(adapters, weights):
+            for key, branch in adapter.branches.items():
+                if isinstance(branch, (LowRank, FusedLowRank)):
+                    a, b = branch.factors()
+                    parts.setdefault(unescape(key), []).append((a, b * (weight * adapter.scale)))
+        tensors, ranks, lost = average_whole(adapters, weights), {}, {}
+        for path, found in parts.items():
+            a, b = torch.cat([a for a, _ in found]), torch.cat([b for _, b in found], dim=1)
+            ranks[path] = min(len(a), a[0].numel(), len(b), rank or len(a))
+            if ranks[path] < len(a):
+                a, b, lost[path] = truncated(a, b, ranks[path])
+            tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        return plain([adapter.config for adapter in adapters], ranks), tensors, lost
+
+
+def plain(configs: Sequence[LoRAConfig], ranks: dict[str, int]) -> LoRAConfig:
+    """The settings of a LoRA with these ranks and scaling 1, at the targets of ``configs`` where those agree."""
+    first = configs[0]
+    if any((c.targets, c.exclude, c.layers) != (first.targets, first.exclude, first.layers) for c in configs):
+        targets = tuple(f"[{path[0]}]{path[1:]}" if path in ROLES else path for path in ranks)
+        first = replace(first, targets=targets, exclude=(), layers=None)
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # All modules where they differ, and a path before one that it ends with, for the first pattern that matches counts.
+    differ = len(set(ranks.values())) > 1
+    pattern = {path: ranks[path] for path in sorted(ranks, key=len, reverse=True)} if differ else {}
+    return replace(
+        first,
+        rank=common,
+        alpha=float(common),
+        dropout=0.0,
+        rank_stabilised=False,
+        rank_pattern=pattern,
+        alpha_pattern={path: float(r) for path, r in pattern.items()},
+        fused=False,
+    )
 
 
 class FusedLowRank(Branch):
@@ -116,7 +163,17 @@ class FusedLowRank(Branch):
         hidden = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))
         first, last = self.lora_B(hidden.transpose(-2, -1)).transpose(-2, -1).chunk(2, dim=-1)
         delta = torch.cat([first, torch.zeros_like(first), last], dim=-1)
-        return torch.add(out, delta.to(out.dtype), alpha=self.scaling * self.scale)
+        strength = self.scaling * self.strength(out)
+        if isinstance(strength, Tensor):
+            return (out + delta * strength).to(out.dtype)
+        return torch.add(out, delta.to(out.dtype), alpha=strength)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, (2r, in), and scaling · B, (out, 2r), of the same update written as a plain one, in fp32."""
+        first, last = (self.lora_B.weight.detach().float().squeeze(-1) * self.scaling).chunk(2)
+        none = torch.zeros_like(first)
+        b = torch.cat([torch.cat([first, none, none]), torch.cat([none, none, last])], dim=1)
+        return self.lora_A.weight.detach().float(), b
 
     def weight_delta(self, module: nn.Module) -> Tensor:
         """scale · scaling · B A by thirds, (out, in), in fp32."""

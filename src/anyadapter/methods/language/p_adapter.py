@@ -61,7 +61,7 @@ class PAdapter(Adapter):
 
     Config = PAdapterConfig
     reads: ClassVar[tuple[str, ...]] = ("subject_mask",)
-    capabilities = frozenset({"scale"})
+    capabilities = frozenset({"scale", "average", "route"})
     config: PAdapterConfig
 
     def setup(self, host: Host) -> None:
@@ -112,8 +112,8 @@ class PAdapter(Adapter):
         if "subject" in self.config.keep:
             kept = kept | self.like(ids, self.signal("subject_mask"), "subject_mask")
         rewritten = self.encode(raw.to(self.mlp_head.weight.dtype), attended).to(raw.dtype)
-        share = (1 - self.config.alpha) * self.scale
-        return torch.where(kept[..., None], raw, (1 - share) * raw + share * rewritten)
+        share = (1 - self.config.alpha) * self.strength(raw)
+        return torch.where(kept[..., None], raw, ((1 - share) * raw + share * rewritten).to(raw.dtype))
 
     def encode(self, e: Tensor, attended: Tensor) -> Tensor:
         """W BiLSTM(E) + b over the attended tokens of each row, wherever its padding is: (batch, tokens, d) → the same."""

@@ -68,6 +68,7 @@ class Prefix(Adapter):
     """heads = softmax(q [P_k; k]ᵀ + mask) [P_v; v], with P_k and P_v of n rows for each attention."""
 
     Config = PrefixConfig
+    capabilities = frozenset({"average", "route"})
     config: PrefixConfig
 
     def setup(self, host: Host) -> None:
@@ -115,15 +116,41 @@ class Prefix(Adapter):
         part = self.prompt.columns(start, start + 2 * heads * dim).to(k.device)
         prefix = part.view(-1, 2, heads, dim).permute(1, 2, 0, 3)[:, None]  # (2, 1, heads, n, dim)
         k, v, mask, options = prepend(prefix[0], prefix[1], q, k, v, mask, options)
+        if self.rows is not None:
+            mask, options = self.hide(q, k, mask, options)
         return call(q, k, v, mask, **options)
 
+    def hide(self, q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The mask and options of a core with the prefix in front, where some rows are routed past it."""
+        n, places = self.config.tokens, torch.arange(k.shape[2], device=q.device)
+        hidden = (torch.as_tensor(self.strength(q)) == 0) & (places < n)  # (batch, 1, 1, keys)
+        if mask is None:
+            mask = q.new_zeros(hidden.shape)
+        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        options = options | {"is_causal": False}
+        if (
+            alibi := options.get("alibi")
+        ) is not None:  # so that a prefix further in front is as near as without this one
+            options["alibi"] = torch.where(hidden, alibi[..., n : n + 1], alibi)
+        return mask, options
+
     def later(self, names: tuple[str, ...], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a module that reads positions with positions n later. ``names`` are those of its arguments."""
+        """Run a module that reads positions with positions n later, in the rows that have the prefix.
+
+        ``names`` are those of its arguments.
+        """
         if self.recorded is not None:
             return call(*args, **kwargs)
         given = dict(zip(names, args)) | kwargs
         name = next(name for name in POSITIONS if given.get(name) is not None)
-        return call(**given | {name: given[name] + self.config.tokens})
+        positions, n = given[name], self.config.tokens
+        if self.rows is None:
+            return call(**given | {name: positions + n})
+        has = self.rows.to(device_of(self)) != 0
+        if isinstance(positions, Tensor) and positions.dim() == 2:  # one row, or one for each of the batch
+            return call(**given | {name: positions + n * has[:, None]})
+        # The positions of all rows at once. Such a module embeds and does nothing else: it may run twice.
+        return choose(has, call(**given | {name: positions + n}), call(**given))
 
     @torch.no_grad()
     def imitate(self, model: nn.Module, tokens: Tensor) -> None:
@@ -144,7 +171,9 @@ class Prefix(Adapter):
         training, self.recorded = model.training, {}
         try:
             model.eval()(input_ids=tokens[None].to(device_of(model)))
-            self.prompt.weight.copy_(torch.cat([self.recorded[start] for start in sorted(self.recorded)], dim=1))
+            self.tensors()["prompt.weight"].copy_(
+                torch.cat([self.recorded[start] for start in sorted(self.recorded)], dim=1)
+            )
         finally:
             self.recorded = None
             model.train(training)
@@ -155,6 +184,13 @@ class Prefix(Adapter):
         self.prompt = Prompt(whole.shape[0], whole.shape[1], 0.0).to(whole)
         self.prompt.weight.data.copy_(whole)
         self.config = dataclasses.replace(self.config, projection=None)
+
+
+def choose(rows: Tensor, yes: Any, no: Any) -> Any:
+    """For each row of a batch, (batch,) booleans, its row of one result or the other: tensors, or tuples of some."""
+    if isinstance(yes, tuple):
+        return tuple(choose(rows, *pair) for pair in zip(yes, no))
+    return torch.where(rows.to(yes.device).view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
 class Prompt(nn.Module):
