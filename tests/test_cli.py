@@ -33,7 +33,9 @@ def adapter(smollm_and_tokenizer: tuple[nn.Module, object], tmp_path_factory: py
     return folder
 
 
-@pytest.mark.parametrize("command", ["quickstart", "list", "train", "eval", "generate", "inspect", "merge", "convert"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "list", "train", "eval", "generate", "inspect", "merge", "convert", "quantize", "compose"]
+)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -83,6 +85,24 @@ def test_generate_eval_merge_and_convert(adapter: Path, tmp_path: Path) -> None:
     ids = torch.arange(5)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, beside(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_quantize(adapter: Path, tmp_path: Path) -> None:
+    code, out, _ = run("quantize", str(adapter), "--bits", "4", "--out", str(tmp_path / "small"), "--json")
+    facts = json.loads(out)
+    assert (code, facts["bits"], facts["matrices"], facts["left"]) == (0, 4, 60, [])
+    assert aa.inspect(tmp_path / "small")["bits"] == 4
+    assert run("quantize", str(adapter), "--out", str(tmp_path / "a"), "--matrices", "*lora_A*")[0] == 0
+    for words, message in (
+        ((str(tmp_path / "small"), "--out", str(tmp_path / "b")), "quantised already, to 4 bits"),
+        ((str(adapter), "--bits", "3", "--out", str(tmp_path / "b")), "1, 2, 4 or 8 bits"),
+        ((str(adapter), "--matrices", "lora_a", "--out", str(tmp_path / "b")), "matches no tensor"),
+    ):
+        code, _, err = run("quantize", *words)
+        assert (code, message in " ".join(err.split())) == (1, True), err
+    assert not (tmp_path / "b").exists()
+    assert run("convert", str(tmp_path / "small"), str(tmp_path / "dense"), "--to", "peft")[0] == 0
+    assert "bits" not in aa.inspect(tmp_path / "dense")
 
 
 def test_starting_is_quick() -> None:

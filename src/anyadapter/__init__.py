@@ -13,6 +13,7 @@
 from importlib import import_module
 from typing import Any
 
+from anyadapter.compose import average, routed, slice_merge, weighted_sum
 from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets
 from anyadapter.core.attach import adapters, attach, detach, disabled, merge, signals, unmerge
 from anyadapter.core.catalogue import SYSTEMS, System, methods, register
@@ -30,16 +31,20 @@ from anyadapter.core.host import Host
 from anyadapter.core.roles import ROLES, Family, register_family
 from anyadapter.core.site import Site
 from anyadapter.formats.native import inspect, load, push_to_hub, save_pretrained
+from anyadapter.quantize import pack, quantize
 
 __version__ = "0.1.0"
 
 # Methods are imported when they are first asked for, with the libraries they need.
 _CONFIGS = {
+    "BiAdapterConfig": "anyadapter.methods.vision.bi_adapter",
     "BottleneckConfig": "anyadapter.methods.language.bottleneck",
+    "GenerativeConfig": "anyadapter.methods.language.generative",
     "IA3Config": "anyadapter.methods.language.ia3",
     "IPAdapterConfig": "anyadapter.methods.image.ip_adapter",
     "LlamaAdapterConfig": "anyadapter.methods.language.llama_adapter",
     "LoRAConfig": "anyadapter.methods.language.lora",
+    "MHRConfig": "anyadapter.methods.language.mhr",
     "PAdapterConfig": "anyadapter.methods.language.p_adapter",
     "PrefixConfig": "anyadapter.methods.language.prefix",
 }
@@ -72,17 +77,23 @@ __all__ = [
     "Targets",
     "adapters",
     "attach",
+    "average",
     "detach",
     "disabled",
     "inspect",
     "load",
     "merge",
     "methods",
+    "pack",
     "push_to_hub",
+    "quantize",
     "register",
     "register_family",
+    "routed",
     "save_pretrained",
     "signals",
+    "slice_merge",
     "unmerge",
+    "weighted_sum",
     *_CONFIGS,
 ]

@@ -202,6 +202,38 @@ def merge(
 
 
 @app.command()
+def compose(
+    out: Annotated[Path, typer.Argument(help="The new adapter's folder.")],
+    sources: Annotated[list[str], typer.Argument(help="FOLDER=WEIGHT for each adapter; a weight may be negative.")],
+    rank: Annotated[int | None, typer.Option(help="Cut every update to so many directions; of LoRA only.")] = None,
+    apart: Annotated[bool, typer.Option(help="Average A and B of LoRA apart, which is another model.")] = False,
+    base: Annotated[str | None, typer.Option(help="The base; by default the one named in the first adapter.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter of several: the average where weights sum to 1, else the weighted sum of what they do.
+
+    Example: `anyadapter compose mixed runs/maths=1 runs/polite=0.5 runs/verbose=-0.3 --rank 16`
+    """
+    from anyadapter.compose import average, weighted_sum
+    from anyadapter.core.errors import ConfigError
+    from anyadapter.formats.native import save_pretrained
+    from anyadapter.training.base import load_base
+
+    with plain_errors():
+        weights: dict[str | Path, float] = dict(weighted(source) for source in sources)
+        if len(weights) < len(sources):
+            raise ConfigError("A folder is named twice; give it one weight.")
+        model, _ = load_base(base_of(Path(next(iter(weights))), base))
+        if apart or (rank is None and abs(sum(weights.values()) - 1) < 1e-6):
+            adapter = average(model, weights, apart=apart)
+        else:
+            adapter = weighted_sum(model, weights, rank=rank)
+        save_pretrained(model, out, adapter.name)
+        facts = {"folder": str(out), "method": adapter.config.method, "parameters": adapter.parameter_count()}
+        show({**facts, "largest_error_of_an_update": max(adapter.lost.values(), default=0.0)}, as_json)
+
+
+@app.command()
 def convert(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="The new folder.")],
@@ -219,6 +251,29 @@ def convert(
         model, _ = with_adapter(folder, base, allow_pickle)
         save_pretrained(model, out, layout=to)
         console.print(f"Saved {out} in the layout {to}.")
+
+
+@app.command()
+def quantize(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
+    bits: Annotated[int, typer.Option(help="Bits of a number: 1, 2, 4 or 8.")] = 1,
+    matrices: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of tensor names, such as '*lora_A*'; may be repeated. By default all matrices."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Round the matrices of a trained adapter and pack them. Reads no base model.
+
+    Training with rounded matrices is better at 1 bit: `quantize: {bits: 1}` in the file for `anyadapter train`.
+
+    Example: `anyadapter quantize runs/lora/adapter --bits 4 --out runs/lora/adapter-4bit`
+    """
+    from anyadapter.formats.quantize import quantize_folder
+
+    with plain_errors():
+        show({"folder": str(out), **quantize_folder(folder, out, bits, tuple(matrices) if matrices else None)}, as_json)
 
 
 @app.command()
@@ -250,6 +305,12 @@ def serve(
     pool_gb: Annotated[
         float, typer.Option(envvar="ANYADAPTER_POOL_GB", help="Memory for keys, values and adapters, in GiB.")
     ] = 2.0,
+    generator: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ANYADAPTER_GENERATOR", help="Folder of a GenerativeAdapter, to make adapters of contexts."
+        ),
+    ] = None,
     max_running: Annotated[
         int, typer.Option(envvar="ANYADAPTER_MAX_RUNNING", help="Most sequences computed at once.")
     ] = 64,
@@ -335,6 +396,7 @@ def serve(
             port=port,
             dtype=dtype,
             device=device,
+            generator=str(generator) if generator is not None else None,
             drain_seconds=drain_seconds,
             insecure=insecure,
         )
@@ -342,17 +404,34 @@ def serve(
 
 def with_adapter(folder: Path, base: str | None, allow_pickle: bool = False) -> tuple[Any, Any]:
     """The base of an adapter with the adapter loaded, and the tokenizer."""
-    from anyadapter.core.errors import ArtefactError
-    from anyadapter.formats.files import CONFIG, read_json
     from anyadapter.formats.native import load
     from anyadapter.training.base import load_base
+
+    model, tokenizer = load_base(base_of(folder, base))
+    load(model, folder, allow_pickle=allow_pickle)
+    return model, tokenizer
+
+
+def base_of(folder: Path, base: str | None) -> str:
+    """The base an adapter is for: the one given, else the one its folder names."""
+    from anyadapter.core.errors import ArtefactError
+    from anyadapter.formats.files import CONFIG, read_json
 
     name = base or read_json(folder / CONFIG).get("base_model_name_or_path")
     if not name:
         raise ArtefactError(f"{folder} does not say which base it was trained on; name it with --base.")
-    model, tokenizer = load_base(name)
-    load(model, folder, allow_pickle=allow_pickle)
-    return model, tokenizer
+    return str(name)
+
+
+def weighted(source: str) -> tuple[Path, float]:
+    """The folder and weight in ``FOLDER=WEIGHT``."""
+    from anyadapter.core.errors import ConfigError
+
+    folder, _, weight = source.rpartition("=")
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise ConfigError(f"{source!r} is not FOLDER=WEIGHT, such as runs/maths=0.5.") from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +12,18 @@ from torch import Tensor
 from anyadapter.core.adapter import Adapter, AdapterConfig
 from anyadapter.core.errors import ArtefactError, near
 from anyadapter.core.host import Host
+from anyadapter.formats.packed import dump, parse, read_bits
+from anyadapter.parts.quantised import Packed
+from anyadapter.quantize import packed, quantised
+
+KEY = "anyadapter"  # of our own object in a configuration
 
 _LAYOUTS = {
     "native": "anyadapter.formats.layouts:Native",
     "peft": "anyadapter.formats.peft:Peft",
     "llm-adapters": "anyadapter.formats.llm_adapters:LLMAdapters",
+    "peft-poly": "anyadapter.formats.mhr:PeftPoly",
+    "generative-adapter": "anyadapter.formats.generative:FastLora",
 }
 
 
@@ -36,12 +44,14 @@ class Layout(Protocol):
     def read_config(self, config: dict[str, Any], tensors: dict[str, Tensor], host: Host) -> AdapterConfig:
         """Our configuration for a folder of this layout. Refuses every setting we cannot honour, by name."""
 
-    def read(self, config: dict[str, Any], tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    def read(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], adapter: Adapter
+    ) -> Mapping[str, Tensor | Packed]:
         """The tensors under the names ``adapter.tensors()`` has."""
 
 
 class Native:
-    """Our own names: nothing to map."""
+    """Our own names. Quantised matrices are packed."""
 
     name = "native"
 
@@ -49,7 +59,7 @@ class Native:
         return True
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"peft_type": adapter.config.method.upper()}, adapter.tensors()
+        return {"peft_type": adapter.config.method.upper()}, adapter.tensors() | dump(packed(adapter))
 
     def reads(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
         return False
@@ -57,8 +67,11 @@ class Native:
     def read_config(self, config: dict[str, Any], tensors: dict[str, Tensor], host: Host) -> AdapterConfig:
         raise ArtefactError("The folder was not written by anyadapter.")
 
-    def read(self, config: dict[str, Any], tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-        return tensors
+    def read(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], adapter: Adapter
+    ) -> Mapping[str, Tensor | Packed]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+        return parse(read_bits((config.get(KEY) or {}).get("bits"), shapes), tensors, shapes)
 
 
 def by_name(name: str) -> Layout:
@@ -77,7 +90,7 @@ def names() -> list[str]:
 def of(adapter: Adapter) -> Layout:
     """The layout an adapter is saved in: PEFT's where that holds it whole, else our own."""
     peft = by_name("peft")
-    return peft if peft.writes(adapter) else by_name("native")
+    return peft if peft.writes(adapter) and not quantised(adapter) else by_name("native")
 
 
 def detect(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:

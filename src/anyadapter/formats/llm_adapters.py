@@ -88,7 +88,7 @@ class LLMAdapters:
             return common | {k: v for k, v in config.items() if k in SETTINGS["PREFIX_TUNING"]}, tensors
         config = lora_config(adapter) if adapter.config.method == "lora" else bottleneck_config(adapter)
         linear = {"target_modules": names(adapter), "bias": "none", "modules_to_save": None}
-        return common | config | linear, {ROOT + name: tensor for name, tensor in adapter.tensors().items()}
+        return common | config | linear, {ROOT + name: tensor for name, tensor in adapter.values().items()}
 
 
 def only(config: dict[str, Any], key: str, *allowed: Any) -> Any:

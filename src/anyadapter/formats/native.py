@@ -8,7 +8,8 @@ reads PEFT reads it; the rest has our tensor names, ``<module path>.<tensor>``. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter, check_tensors
-from anyadapter.core.attach import attach, build, check_name, get
+from anyadapter.core.attach import build, check_name, get, place
 from anyadapter.core.catalogue import config_from_dict, method
 from anyadapter.core.errors import ArtefactError
 from anyadapter.core.fingerprint import check_fingerprint, fingerprint
 from anyadapter.core.host import Host
 from anyadapter.formats import layouts
 from anyadapter.formats.files import CONFIG, PICKLE, TENSORS, inside, read_json, read_pickle, read_tensors, write_folder
+from anyadapter.formats.layouts import KEY
+from anyadapter.formats.packed import STATISTICS, read_bits, write_bits
+from anyadapter.parts.quantised import Packed
+from anyadapter.quantize import fill, quantised, round_in_training
 
 FORMAT_VERSION = 1
-KEY = "anyadapter"
 
 
 def save_pretrained(
@@ -37,25 +41,30 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     layout: str | None = None,
     card: str | None = None,
+    latents: bool = False,
 ) -> Path:
     """Save one attached adapter, and nothing of the base.
 
     Args:
         folder: made if missing; an artefact in it is replaced, never left half written.
         dtype: of the saved tensors; by default as they are.
-        layout: ``"native"``, ``"peft"`` or ``"llm-adapters"``; by default PEFT's where that holds the adapter whole.
+        layout: ``"native"``, ``"peft"`` or ``"llm-adapters"``; by default PEFT's where that holds the adapter whole. The
+            matrices of a quantised adapter are packed in ours, and dense in the others.
         card: text of the model card; by default one with the facts known here. A README.md that exists is kept.
+        latents: save what a quantised adapter trains instead of its codes, to go on from with ``load(trainable=True)``.
 
     Returns:
         The folder.
 
     Raises:
         AttachError: no such adapter.
-        ArtefactError: a tensor is empty, the disk is full, or the layout cannot hold this adapter.
+        ArtefactError: a tensor is empty, the disk is full, the layout cannot hold this adapter, or a quantised matrix
+            cannot be packed.
     """
     host = Host.of(model)
     base_name = getattr(getattr(host.model, "config", None), "_name_or_path", "") or None
-    return write(get(host, name), folder, fingerprint(host), base_name, dtype=dtype, layout=layout, card=card)
+    adapter, base = get(host, name), fingerprint(host)
+    return write(adapter, folder, base, base_name, dtype=dtype, layout=layout, card=card, latents=latents)
 
 
 def write(
@@ -67,12 +76,21 @@ def write(
     dtype: torch.dtype | None = None,
     layout: str | None = None,
     card: str | None = None,
+    latents: bool = False,
 ) -> Path:
     """:func:`save_pretrained` of an adapter that need not be attached, given the fingerprint and name of its base."""
     chosen = layouts.by_name(layout) if layout else layouts.of(adapter)
+    bits = quantised(adapter)
+    if bits and latents and (adapter.packed or chosen.name != "native"):
+        why = "it is packed and has none" if adapter.packed else f"the layout {chosen.name!r} has no place for them"
+        raise ArtefactError(f"The latents of {adapter.name!r} cannot be saved: {why}.")
     config, tensors = chosen.write(adapter)
+    if chosen.name != "native":  # the others hold what a quantised matrix stands for
+        bits = {}
+    elif bits and latents:
+        tensors = adapter.tensors()
     if dtype is not None:
-        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+        tensors = {k: t.to(dtype) if t.is_floating_point() and k != STATISTICS else t for k, t in tensors.items()}
     config = {
         "base_model_name_or_path": base_name,
         "inference_mode": True,
@@ -84,6 +102,7 @@ def write(
             "layout": chosen.name,
             "config": adapter.config.to_dict(),
             "scale": adapter.scale,
+            **quantisation(adapter, bits),
             "tensors_sha256": digest(tensors),
             "base": base,
         },
@@ -91,6 +110,13 @@ def write(
     folder = Path(folder)
     write_folder(folder, config, tensors, card or model_card(adapter, base_name))
     return folder
+
+
+def quantisation(adapter: Adapter, bits: dict[str, int]) -> dict[str, Any]:
+    """What a file says of quantised matrices, and how many numbers the adapter holds, which its bytes do not tell."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+    count = sum(tensor.numel() for tensor in adapter.tensors().values())
+    return {"bits": write_bits(bits, shapes), "parameters": count} if bits else {}
 
 
 def load(
@@ -113,12 +139,13 @@ def load(
         name: to attach it under.
         root: when given, ``folder`` is a name that must stay inside this folder.
         revision, token: of a Hub repository.
-        trainable: go on training it; otherwise its tensors are frozen.
+        trainable: go on training it; otherwise its tensors are frozen. A quantised adapter goes on from its latents.
         check_base: refuse an adapter trained on another base.
         allow_pickle: read a legacy ``adapter_model.bin`` (plain tensors only) where there is no safetensors file.
 
     Raises:
-        ArtefactError: a file is missing, damaged, hostile or does not fit; nothing was attached.
+        ArtefactError: a file is missing, damaged, hostile or does not fit, or is packed and was to be trained; nothing was
+            attached.
         BaseMismatchError: it was trained on another base.
         AttachError: the name is taken.
         TargetError, ConfigError: this host has no such parts, or the settings are not known.
@@ -126,6 +153,21 @@ def load(
     host = Host.of(model)
     check_name(host, name)
     path = locate(folder, root=root, revision=revision, token=token)
+    adapter = read(host, path, name, trainable=trainable, check_base=check_base, allow_pickle=allow_pickle, dtype=dtype)
+    return place(host, adapter)
+
+
+def read(
+    host: Host,
+    path: Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+    allow_pickle: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """The adapter of a local folder, built for a host and not attached. Arguments and errors as of :func:`load`."""
     config = read_json(path / CONFIG)
     tensors = _tensors(path, allow_pickle)
     ours = config.get(KEY)
@@ -136,12 +178,12 @@ def load(
     else:
         layout = layouts.detect(path, config, tensors)
         adapter_config = layout.read_config(config, tensors, host)
-    # Built beside the host first: a file that does not fit must not leave a half-attached adapter.
-    trial = build(host, adapter_config, name, dtype)
-    mine = layout.read(config, tensors, trial)
-    check_tensors(trial.tensors(), mine)
-    adapter = attach(model, adapter_config, name, dtype=dtype)
-    adapter.load_tensors(mine)
+    adapter = build(host, adapter_config, name, dtype)
+    mine = layout.read(config, tensors, adapter)
+    check_tensors(adapter.tensors(), mine)
+    bits = check_quantised(path, config, adapter, mine, trainable)
+    fill(adapter, mine)
+    round_in_training(adapter, {name: bits[name] for name in bits.keys() - quantised(adapter).keys()})
     if ours is not None and ours.get("scale", 1.0) != 1.0:
         adapter.scale = ours["scale"]
     if not trainable:
@@ -149,15 +191,40 @@ def load(
     return adapter
 
 
+def check_quantised(
+    path: Path, config: dict[str, Any], trial: Adapter, values: Mapping[str, Tensor | Packed], trainable: bool
+) -> dict[str, int]:
+    """The bits of a file's quantised matrices.
+
+    Raises:
+        ArtefactError: it holds packed matrices and is to be trained, or a method that quantises them has others.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in trial.tensors().items()}
+    bits, own = read_bits((config.get(KEY) or {}).get("bits"), shapes), quantised(trial)
+    if own != {name: bits.get(name) for name in own} or not bits.keys() <= shapes.keys():
+        raise ArtefactError(
+            f"{path / CONFIG}: the quantised matrices it names are not those of this {type(trial).__name__}."
+        )
+    if trainable and any(isinstance(value, Packed) for value in values.values()):
+        raise ArtefactError(
+            f"{path} is packed: what its codes were rounded from, and training would change, is not in the file. Go on from a "
+            "checkpoint of the run, or from a folder that was saved with latents=True."
+        )
+    return bits
+
+
 def restore(adapter: Adapter, folder: str | Path) -> None:
     """Copy saved tensors into an adapter that exists: one built with the same settings for the same base.
 
     Raises:
-        ArtefactError: the folder is damaged or holds another adapter; nothing was changed.
+        ArtefactError: the folder is damaged, packed, or holds another adapter; nothing was changed.
     """
     config, tensors = read_json(Path(folder) / CONFIG), read_tensors(Path(folder) / TENSORS)
     layout, _ = _read_ours(Path(folder), config.get(KEY), tensors)
-    adapter.load_tensors(layout.read(config, tensors, adapter))
+    values = layout.read(config, tensors, adapter)
+    if check_quantised(Path(folder), config, adapter, values, trainable=True) != quantised(adapter):
+        raise ArtefactError(f"{folder} is of an adapter that is quantised otherwise than this one.")
+    adapter.load_tensors(values)  # type: ignore[arg-type]  # none is packed
 
 
 def _read_ours(path: Path, ours: Any, tensors: dict[str, Tensor]) -> tuple[Any, Any]:
@@ -232,17 +299,23 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "base": config.get("base_model_name_or_path"),
         "host": ours.get("base", {}).get("class"),
         "library_version": ours.get("library_version"),
-        "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+        "parameters": ours.get("parameters", sum(torch.Size(shape).numel() for shape in shapes.values())),
+        **({"bits": widths(ours["bits"])} if "bits" in ours else {}),
         "bytes": size,
         "settings": ours.get("config", {k: v for k, v in config.items() if k != KEY}),
         "targets": wrapped_modules(shapes),
     }
 
 
+def widths(bits: Any) -> Any:
+    """The bits of quantised matrices in short: where they differ, how many matrices have each width."""
+    return dict(Counter(read_bits(bits, {}).values())) if isinstance(bits, dict) else bits
+
+
 def wrapped_modules(names: Iterable[str]) -> dict[str, int]:
     """How many modules there are of each kind: their paths with ``*`` for the numbers of layers."""
     paths = {name.removeprefix("base_model.model.").rsplit(".", 1)[0] for name in names if "." in name}
-    parts = ("lora_A", "lora_B", "adapter_down", "adapter_up")
+    parts = ("lora_A", "lora_B", "adapter_down", "adapter_up", "selector")
     paths = {path.rpartition(".")[0] if path.endswith(parts) else path for path in paths}
     stars = [".".join("*" if part.isdigit() else part for part in path.split(".")) for path in paths]
     return {star: stars.count(star) for star in sorted(set(stars))}

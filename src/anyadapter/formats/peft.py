@@ -97,7 +97,7 @@ class Peft:
             "modules_to_save": shortest(whole_of(adapter), adapter.base_paths) or None,
         }
         theirs = names(adapter)
-        return common | config, {theirs[name]: tensor for name, tensor in adapter.tensors().items()}
+        return common | config, {theirs[name]: tensor for name, tensor in adapter.values().items()}
 
 
 def names(adapter: Adapter) -> dict[str, str]:
