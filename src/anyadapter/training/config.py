@@ -1,4 +1,4 @@
-"""The settings of a run, as a YAML file gives them: ``base``, ``adapter``, ``data``, ``training`` and ``output``."""
+"""The settings of a run, as a YAML file gives them: ``base``, ``adapter``, ``data``, ``training``, ``output``, ``quantize``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from transformers import SchedulerType
 
-from anyadapter.core.adapter import AdapterConfig, Settings
+from anyadapter.core.adapter import AdapterConfig, Settings, Targets
 from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ConfigError, near
+from anyadapter.parts.quantised import check_bits
 from anyadapter.training.base import SMOLLM2, dtype_of
 from anyadapter.training.data import check_template
 
@@ -105,6 +106,7 @@ class TrainingSettings(Settings):
         schedule: a schedule of transformers: ``linear``, ``cosine``, ``constant_with_warmup``, ….
         warmup: steps of linear warm-up, or below 1 their share of all steps.
         weight_decay: of AdamW.
+        learning_rates, weight_decays: of groups of the adapter's tensors, where they differ, such as ``{routing: 0.1}``.
         max_grad_norm: gradients are clipped to it.
         eval_every, save_every: steps between evaluations and between checkpoints; by default once an epoch.
         log_every: steps between log lines.
@@ -126,6 +128,8 @@ class TrainingSettings(Settings):
     schedule: str = "linear"
     warmup: float = 0.03
     weight_decay: float = 0.0
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    weight_decays: dict[str, float] = field(default_factory=dict)
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     save_every: int | None = None
@@ -142,6 +146,7 @@ class TrainingSettings(Settings):
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "learning_rate", "log_every"):
             self.require(name, getattr(self, name) > 0, "above 0")
+        self.require("learning_rates", all(rate > 0 for rate in self.learning_rates.values()), "above 0 for each group")
         for name in ("steps", "eval_every", "save_every", "early_stopping_patience"):
             self.require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or left out")
         self.require("warmup", self.warmup >= 0, "at least 0")
@@ -165,6 +170,22 @@ class TrainingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizeSettings(Settings):
+    """Train an adapter whose matrices are rounded; see :func:`anyadapter.quantize`.
+
+    Attributes:
+        bits: of a number: 1, 2, 4 or 8.
+        matrices: patterns of tensor names; by default all matrices.
+    """
+
+    bits: int = 1
+    matrices: Targets | None = None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All settings of a run.
 
@@ -174,6 +195,7 @@ class RunConfig:
         output: the folder of the run.
         base: the frozen model.
         training: how to train.
+        quantize: when given, the adapter is trained as a quantised one and saved packed.
     """
 
     adapter: AdapterConfig
@@ -181,6 +203,7 @@ class RunConfig:
     output: str
     base: BaseSettings = field(default_factory=BaseSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    quantize: QuantizeSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which :func:`read_config` reads back."""
@@ -188,7 +211,8 @@ class RunConfig:
         sections = {"base": self.base, "adapter": self.adapter, "data": self.data, "training": self.training}
         values: dict[str, Any] = {name: section.to_dict() for name, section in sections.items()}
         values["training"]["stages"] = [stage.to_dict() for stage in self.training.stages]
-        return {**values, "adapter": adapter, "output": self.output}
+        rounding = {"quantize": self.quantize.to_dict()} if self.quantize else {}
+        return {**values, "adapter": adapter, **rounding, "output": self.output}
 
 
 def read_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
@@ -217,6 +241,7 @@ def read_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig
         adapter=config_from_dict(section(values, "adapter")),
         data=DataSettings.from_dict(section(values, "data")),
         training=TrainingSettings.from_dict({**training, "stages": [Stage.from_dict(stage) for stage in stages]}),
+        quantize=QuantizeSettings.from_dict(section(values, "quantize")) if "quantize" in values else None,
         output=str(values["output"]),
     )
 

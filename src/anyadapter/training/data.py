@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anyadapter.core.errors import ConfigError, DataError, near
+from anyadapter.core.errors import ConfigError, DataError, SignalError, near
 from anyadapter.training.llm_adapters_protocol import train_prompt
 
 KINDS = (("instruction", "output"), ("prompt", "completion"), ("text",))
-ROLES = ("instruction", "input", "output", "prompt", "completion", "text", "answer")
+ROLES = ("instruction", "input", "output", "prompt", "completion", "text", "answer", "context")
 SHOWN = 5  # bad rows named in one message
 IGNORED = -100  # the label of a token that is not learnt
 EXPECTED = (
@@ -51,20 +51,22 @@ class Row:
 # ---------------------------------------------------------------------- reading
 
 
-def read_rows(path: str | Path, fields: Mapping[str, str] | None = None) -> list[Row]:
+def read_rows(path: str | Path, fields: Mapping[str, str] | None = None, signals: Iterable[str] = ()) -> list[Row]:
     """All rows of a file, checked.
 
     Args:
         path: a ``.jsonl`` or ``.json`` file.
         fields: our name -> the column's name, where they differ.
+        signals: names besides ours that ``fields`` may map: those an adapter reads.
 
     Raises:
         DataError: the file or a row cannot be used; the message names the file, the line and what was expected.
         ConfigError: ``fields`` maps a name that is none of ours.
     """
+    known = (*ROLES, *signals)
     for name in fields or {}:
-        if name not in ROLES:
-            raise ConfigError(f"data.fields has no {name!r}. {near(name, ROLES)}")
+        if name not in known:
+            raise ConfigError(f"data.fields has no {name!r}. {near(name, known)}")
     rows, problems = [], []
     for where, value in read_objects(Path(path)):
         try:
@@ -228,6 +230,7 @@ def tokenise(
     max_length: int = 512,
     train_on_inputs: bool = False,
     carry: Iterable[str] = (),
+    signal: Callable[[str, Any], Any] = lambda name, value: value,
 ) -> list[dict[str, Any]]:
     """``{"input_ids", "labels"}`` of every row, and the signals it carries.
 
@@ -235,7 +238,8 @@ def tokenise(
 
     Args:
         train_on_inputs: learn the prompt's tokens as well as the answer's.
-        carry: entries of a row to take along, each a number or a list of numbers.
+        carry: entries of a row to take along.
+        signal: makes a number or numbers of such an entry, given its name; by default it is one.
 
     Raises:
         DataError: nothing of the answer is left within ``max_length``, or a carried entry is missing.
@@ -243,7 +247,7 @@ def tokenise(
     check_template(template, tokenizer)
     carry = tuple(carry)
     return [
-        {**_encode(row, tokenizer, template, max_length, train_on_inputs), **_carried(row, carry)} for row in rows
+        {**_encode(row, tokenizer, template, max_length, train_on_inputs), **_carried(row, carry, signal)} for row in rows
     ]  # fmt: skip
 
 
@@ -271,13 +275,15 @@ def _encode(
     return {"input_ids": ids, "labels": [IGNORED] * given + ids[given:]}
 
 
-def _carried(row: Row, carry: tuple[str, ...]) -> dict[str, Any]:
+def _carried(row: Row, carry: tuple[str, ...], signal: Callable[[str, Any], Any]) -> dict[str, Any]:
     carried = {}
     for name in carry:
         if name not in row.values:
             raise DataError(f"{row.where}: no {name!r}, which the adapter reads as a signal. {near(name, row.values)}")
         try:
-            carried[name] = torch.as_tensor(row.values[name])
+            carried[name] = torch.as_tensor(signal(name, row.values[name]))
+        except SignalError as error:
+            raise DataError(f"{row.where}: {error}") from None
         except (TypeError, ValueError, RuntimeError):
             raise DataError(
                 f"{row.where}: {name!r} is {row.values[name]!r}; a signal is a number or numbers."

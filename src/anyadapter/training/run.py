@@ -26,12 +26,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from anyadapter.core.adapter import Adapter
 from anyadapter.core.attach import attach, detach
+from anyadapter.core.catalogue import method_of
 from anyadapter.core.errors import ConfigError
 from anyadapter.formats.files import CONFIG as ADAPTER_CONFIG
 from anyadapter.formats.native import restore
+from anyadapter.methods.language.generative import GenerativeConfig
+from anyadapter.quantize import quantize
 from anyadapter.training.base import load_base
 from anyadapter.training.config import RunConfig, TrainingSettings, read_config
 from anyadapter.training.data import Collator, Row, read_rows, split, tokenise
+from anyadapter.training.generative import ContextCollator, tokenise_contexts
 from anyadapter.training.report import LogFile, ProgressBar, plot, read_log, write_text
 from anyadapter.training.trainer import AdapterTrainer, last_checkpoint
 
@@ -111,6 +115,8 @@ def train(
     try:
         if prepare is not None:
             prepare(adapter)
+        if config.quantize is not None:
+            quantize(adapter, config.quantize.bits, config.quantize.matrices)
         sets = tokenised(rows, config, tokenizer, adapter)
         resumed = run_stages(model, adapter, config, sets, int(tokenizer.pad_token_id or 0), progress)
     except BaseException:
@@ -199,11 +205,11 @@ def versions() -> dict[str, Any]:
 
 def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
     """(training rows, evaluation rows), read and checked."""
-    data = config.data
-    rows = read_rows(data.train, data.fields)
+    data, signals = config.data, method_of(config.adapter).reads
+    rows = read_rows(data.train, data.fields, signals)
     if data.eval_rows:
         return split(rows, data.eval_rows, config.training.seed)
-    return rows, read_rows(data.eval, data.fields) if data.eval else []
+    return rows, read_rows(data.eval, data.fields, signals) if data.eval else []
 
 
 def tokenised(
@@ -216,8 +222,10 @@ def tokenised(
         "max_length": data.max_length,
         "train_on_inputs": data.train_on_inputs,
         "carry": adapter.reads,
+        "signal": adapter.row_signal,
     }
-    return tokenise(rows[0], tokenizer, **settings), tokenise(rows[1], tokenizer, **settings)
+    encode = tokenise_contexts if isinstance(config.adapter, GenerativeConfig) else tokenise
+    return encode(rows[0], tokenizer, **settings), encode(rows[1], tokenizer, **settings)
 
 
 # ---------------------------------------------------------------------- training
@@ -304,7 +312,8 @@ def run_stages(
         finally:
             if bar:
                 bar.stop()  # also when interrupted: it hides the cursor
-        trainer.save_model(str(folder / ADAPTER if index + 1 == count else place / ADAPTER))
+        last = index + 1 == count
+        trainer.save_model(str(folder / ADAPTER if last else place / ADAPTER), _internal_call=not last)
         trainer.accelerator.wait_for_everyone()
         done = {"best_step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
     adapter.train_only()
@@ -340,14 +349,23 @@ def make_trainer(
         args,
         adapter=NAME,
         groups=training.stages[index].groups if training.stages else (),
+        learning_rates=training.learning_rates,
+        weight_decays=training.weight_decays,
         train_dataset=sets[0],
         eval_dataset=sets[1] or None,
-        data_collator=Collator(pad, config.data.padding),
+        data_collator=collator(config, pad),
         callbacks=callbacks,
     )
     for printing in (PrinterCallback, ProgressCallback):  # standard output is for results
         trainer.remove_callback(printing)
     return trainer
+
+
+def collator(config: RunConfig, pad: int) -> Any:
+    """What makes batches of rows: of contexts and what follows from them where the adapter reads contexts."""
+    if isinstance(config.adapter, GenerativeConfig):
+        return ContextCollator(pad, config.adapter)
+    return Collator(pad, config.data.padding)
 
 
 def summary(

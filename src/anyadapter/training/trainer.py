@@ -45,6 +45,7 @@ class AdapterTrainer(Trainer):
         args: as for Trainer; set ``remove_unused_columns=False`` where batches carry signals.
         adapter: the name it is attached under.
         groups: train only these groups of its tensors.
+        learning_rates, weight_decays: of single groups of its tensors, where they differ from those in ``args``.
         objective: ``objective(model, batch) -> loss``, the mean over the batch; by default the model's own loss.
         kwargs: as for Trainer: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
 
@@ -60,6 +61,8 @@ class AdapterTrainer(Trainer):
         *,
         adapter: str = "default",
         groups: tuple[str, ...] = (),
+        learning_rates: Mapping[str, float] | None = None,
+        weight_decays: Mapping[str, float] | None = None,
         objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
@@ -67,6 +70,7 @@ class AdapterTrainer(Trainer):
         self.adapter = get(host, adapter)
         self.adapter.train_only(*groups)
         check_trainable(host, self.adapter)
+        self.rates = {"lr": dict(learning_rates or {}), "weight_decay": dict(weight_decays or {})}
         self.host: Host = host
         self.objective: Objective | None = objective
         self.base, self.base_name = fingerprint(host), getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -120,6 +124,19 @@ class AdapterTrainer(Trainer):
         values = {key: self._prepare_input(value) for key, value in batch.items() if key in read}
         return {key: value for key, value in batch.items() if key not in read}, values
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's, in which groups of the adapter's tensors have rates and decays of their own."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        for name in () if made else dict.fromkeys(name for rates in self.rates.values() for name in rates):
+            mine = [parameter for parameter in self.adapter.group(name) if parameter.requires_grad]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not other for other in mine)]
+            own = {key: rates[name] for key, rates in self.rates.items() if name in rates}
+            if mine:
+                optimizer.add_param_group({"params": mine, "weight_decay": self.args.weight_decay, **own})
+        return optimizer
+
     # ------------------------------------------------------------------ checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -165,11 +182,15 @@ class AdapterTrainer(Trainer):
             self.state.best_model_checkpoint = str(found)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, as :func:`anyadapter.save_pretrained` does; the base is never written."""
+        """Save the adapter, as :func:`anyadapter.save_pretrained` does; the base is never written.
+
+        Trainer's own checkpoints (``_internal_call``) hold the latents of a quantised adapter, which training goes on from.
+        """
         if self.whole is not self.adapter:
             gather(self.adapter, self.whole)
         if self.args.should_save:
-            write(self.whole, output_dir or str(self.args.output_dir), self.base, self.base_name or None)
+            folder = output_dir or str(self.args.output_dir)
+            write(self.whole, folder, self.base, self.base_name or None, latents=_internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.whole, resume_from_checkpoint)
