@@ -252,6 +252,54 @@ class TestStages:
             train(staged, progress=False)
 
 
+# ---------------------------------------------------------------------- quantised
+
+
+class TestQuantised:
+    @pytest.fixture
+    def rounded(self, config):
+        return {**changed(config, training={"learning_rate": 0.05}), "quantize": {"bits": 1}}
+
+    def test_it_learns_and_ends_packed(self, rounded, model):
+        result = train(rounded, progress=False)
+        log = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+        evaluations = [line["eval_loss"] for line in log if "eval_loss" in line]
+        assert evaluations[-1] < evaluations[0]
+        adapter = aa.load(model, result.adapter)
+        assert {matrix.bits for matrix in adapter.packed.values()} == {1}
+        assert set(adapter.packed) == set(adapter.tensors())
+        with pytest.raises(aa.ArtefactError, match="is packed"):
+            aa.load(model, result.adapter, "again", trainable=True)
+
+    def test_its_checkpoints_hold_latents_that_training_goes_on_from(self, rounded, model):
+        folder = train(rounded, progress=False).folder / "checkpoints" / "stage-1"
+        last = max(folder.iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+        adapter = aa.load(model, last, trainable=True)
+        assert not adapter.packed
+        for name, tensor in adapter.tensors().items():
+            assert tensor.unique().numel() > 2, name
+            assert adapter.values()[name].unique().numel() == 2, name
+
+    @pytest.mark.parametrize("stages", [[], [{"steps": 6}, {"steps": 6, "learning_rate": 0.01}]])
+    def test_interrupted_it_ends_the_same(self, rounded, interrupt, tmp_path, stages):
+        rounded = changed(rounded, training={**rounded["training"], "stages": stages, "eval_every": 2, "save_every": 2})
+        undisturbed = train({**rounded, "output": str(tmp_path / "undisturbed")}, progress=False)
+        interrupt(3, stage=max(len(stages), 1))
+        with pytest.raises(KeyboardInterrupt):
+            train(rounded, progress=False)
+        resumed = train(rounded, progress=False)
+        assert resumed.resumed_from == 2
+        same(resumed.folder, undisturbed.folder)
+
+    def test_given_its_settings_again_they_are_the_same(self, rounded):
+        read = read_config(rounded)
+        assert read_config(read.to_dict()) == read
+        assert (read.quantize.bits, read.quantize.matrices) == (1, None)
+        assert "quantize" not in read_config({k: v for k, v in rounded.items() if k != "quantize"}).to_dict()
+        some = read_config({**rounded, "quantize": {"bits": 2, "matrices": ["*lora_A*"]}})
+        assert some.quantize.matrices == ("*lora_A*",)
+
+
 # ---------------------------------------------------------------------- settings
 
 
@@ -272,6 +320,8 @@ class TestStages:
         ({"training": {"eval_every": 4, "save_every": 6}}, "a multiple of eval_every"),
         ({"training": {"early_stopping_patience": 2}, "data": {"train": "DATA"}}, "needs evaluation rows"),
         ({"base": {"dtype": "int8"}}, "no dtype for weights"),
+        ({"quantize": {"bits": 3}}, "1, 2, 4 or 8 bits"),
+        ({"quantize": {"bit": 1}}, "no setting 'bit'.*'bits'"),
         ({"data": None}, "need a section 'data'|is None|missing"),
     ],
 )
