@@ -13,8 +13,17 @@ from anyadapter.serving.engine import Engine
 from anyadapter.serving.request import Output, Request, Sampling
 
 
-def save_adapter(model: nn.Module, folder: Path, name: str, config: Any, seed: int, strength: float = 1.0) -> Path:
-    """An adapter with random values, strong enough to change what the model says."""
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    config: Any,
+    seed: int,
+    strength: float = 1.0,
+    bits: int | None = None,
+    **how: Any,
+) -> Path:
+    """An adapter with random values, strong enough to change what the model says; with ``bits``, quantised."""
     adapter = aa.attach(model, config, f"made-{name}")
     generator = torch.Generator().manual_seed(seed)
     for tensor_name, tensor in adapter.tensors().items():
@@ -26,7 +35,9 @@ def save_adapter(model: nn.Module, folder: Path, name: str, config: Any, seed: i
                 tensor.copy_(noise * (0.2 * strength / tensor.shape[1] ** 0.5 if is_last(tensor_name) else 0.05))
             else:
                 tensor.copy_(tensor + noise * 0.02)
-    aa.save_pretrained(model, folder / name, f"made-{name}")
+    if bits is not None:
+        aa.quantize(adapter, bits)
+    aa.save_pretrained(model, folder / name, f"made-{name}", **how)
     aa.detach(model, f"made-{name}")
     return folder / name
 

@@ -71,7 +71,7 @@ def test_adapters_cannot_be_changed_unless_that_was_allowed() -> None:
             unready = [await client.get("/ready"), await client.get("/v1/models")]
             return [response.status_code for response in [*got, *unready]]
 
-    assert asyncio.run(statuses()) == [403, 403, 403, 503, 503]
+    assert asyncio.run(statuses()) == [403, 403, 403, 403, 503, 503]
 
 
 @pytest.mark.parametrize(

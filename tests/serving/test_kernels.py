@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from families import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,10 +21,11 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from anyadapter.core.errors import ConfigError
+from anyadapter.core.host import Host
 from anyadapter.serving.batch import Bits, Rows, Sequences
+from anyadapter.serving.fused import gated_unit, joinable, rms_norm
 from anyadapter.serving.kernels import Kernels, kernels_for, native
 from anyadapter.serving.kernels.grouped import Grouped
-from anyadapter.serving.mixed import rms_norm
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -107,7 +110,8 @@ def packed(segments: list[tuple[int, int]], width: int, cell: int, dtype: torch.
     total, row, room = sum(r for _, r in segments), -(-width // 32) * 4, cell * dtype.itemsize
     chunks, per = -(-row // room), max(1, room // row)
     holders = scattered(-(-total // per), chunks, generator)
-    pool = torch.full((holders.numel() + 7, room), 255, dtype=torch.uint8)
+    own = -(-total * 8 // room)  # cells of the levels, at the end
+    pool = torch.full((holders.numel() + 7 + own, room), 255, dtype=torch.uint8)
     bits = torch.randint(0, 2, (total, width), generator=generator)
     data = np.packbits(bits.numpy(), axis=1, bitorder="little")
     at = torch.arange(total)
@@ -117,6 +121,8 @@ def packed(segments: list[tuple[int, int]], width: int, cell: int, dtype: torch.
             start = int(offsets[i])
             pool[int(holders[i // per, c]), start : start + len(piece)] = torch.from_numpy(piece)
     levels = torch.randn(total, 2, generator=generator)
+    addresses = (len(pool) - own) * room + torch.arange(total) * 8
+    pool.flatten()[addresses[:, None] + torch.arange(8)] = levels.view(torch.uint8)
     rows = Rows(
         tokens=bounds([n for n, _ in segments]),
         rows=bounds([r for _, r in segments]),
@@ -124,7 +130,7 @@ def packed(segments: list[tuple[int, int]], width: int, cell: int, dtype: torch.
         cells=holders[at // per].contiguous(),
         scale=torch.randn(total, generator=generator),
         total=sum(n * r for n, r in segments),
-        bits=Bits(offsets.int(), levels),
+        bits=Bits(offsets.int(), addresses),
     )
     values = torch.where(bits.bool(), levels[:, 1:], levels[:, :1])
     return Case(rows, pool.view(dtype), list(values.double().split([r for _, r in segments])))
@@ -238,11 +244,12 @@ def chat(
     softcap: float | None,
     dtype: torch.dtype,
     seed: int,
+    neighbours: bool = False,
 ) -> Chat:
     generator = torch.Generator().manual_seed(seed)
     lengths = [(new, new + before) for new, before in lengths]
     total = sum(cells for _, cells in lengths)
-    cells = scattered(total, 1, generator)[:, 0]
+    cells = torch.arange(3, total + 3).int() if neighbours else scattered(total, 1, generator)[:, 0]
     keys, values = torch.full((2, total + 7, kv_heads, dim), torch.nan, dtype=dtype)
     for half in (keys, values):
         half[cells.long()] = torch.randn(total, kv_heads, dim, generator=generator).to(dtype)
@@ -273,7 +280,7 @@ def dense_attention(case: Chat) -> Tensor:
 
 chats = st.builds(
     chat,
-    st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 7, 33]), st.integers(0, 70)), min_size=1, max_size=5),
+    st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 7, 33]), st.integers(0, 70) | st.just(0)), min_size=1, max_size=5),
     st.sampled_from([1, 2, 3]),
     st.sampled_from([1, 2, 3, 5]),
     st.sampled_from([16, 64]),
@@ -281,6 +288,7 @@ chats = st.builds(
     st.sampled_from([None, 2.0]),
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
+    st.booleans(),
 )
 
 
@@ -381,3 +389,24 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
     assert rms_norm(GemmaRMSNorm(8), c) is None  # 1 + weight
     assert rms_norm(LlamaRMSNorm(8).bfloat16(), c) is None
     assert rms_norm(torch.nn.LayerNorm(8), c) is None
+
+
+@pytest.mark.skipif(BACKENDS != ("torch", "native"), reason="of the C kernels")
+@few
+@given(st.sampled_from(DTYPES), st.integers(1, 70), st.integers(1, 40), st.floats(1e-2, 30), st.integers(0, 99))
+def test_a_gate_in_c_is_silu_times_up(dtype: torch.dtype, width: int, rows: int, size: float, seed: int) -> None:
+    both = torch.randn(1, rows, 2 * width, generator=torch.Generator().manual_seed(seed)) * size
+    g, u = both.to(dtype).split(width, -1)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(native.Native(dtype).gate(g, u), F.silu(g) * u, rtol=4 * step, atol=step * size)
+
+
+@pytest.mark.skipif(BACKENDS != ("torch", "native"), reason="of the C kernels")
+def test_units_are_recognised_by_what_they_compute() -> None:
+    c = native.Native(torch.float32)
+    llama, gemma = (Host.of(case(name).build()) for name in ("llama", "gemma"))
+    layer = "model.layers.0"
+    assert gated_unit(llama, f"{layer}.mlp", c) is not None
+    assert gated_unit(gemma, f"{layer}.mlp", c) is None  # GELU
+    linears = [[f"{layer}.self_attn.{x}_proj" for x in "qkv"], [f"{layer}.mlp.{x}_proj" for x in ("gate", "up")]]
+    assert [paths for paths in joinable(llama) if paths[0].startswith(layer)] == linears

@@ -31,13 +31,14 @@ from anyadapter.serving.tensor_parallel import SplitEngine
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 RANKS = {"a3": 3, "a5": 5, "a8": 8, "a16": 16, "a1": 1}
+QUANTISED = {"bits": 1, "nibbles": 4}
 OTHERS = {
     "ia3": aa.IA3Config(),
     "prefix": aa.PrefixConfig(tokens=3, init=0.3),
     "beside": aa.BottleneckConfig(placement="parallel_block", width=8, activation="relu", scaling="learned", bias=True),
 }
 PROMPT = (5, 9, 3, 11, 7, 2, 8)
-SIZES = {"cells": 900, "step_tokens": 16, "max_running": 16}
+SIZES = {"cells": 1500, "step_tokens": 16, "max_running": 16}
 
 
 def requests(names: list[str]) -> list[Request]:
@@ -102,7 +103,7 @@ def on_family(model: Any, folder: str) -> dict[str, Any]:
     engine = SplitEngine(model.requires_grad_(False), settings=EngineSettings(**SIZES, adapters=folder))
     found = {}
     if engine.leads:
-        for name in (*RANKS, *OTHERS):
+        for name in (*RANKS, *OTHERS, *QUANTISED):
             engine.store.register(name)
         found = serve(engine, engine.store.names())
         engine.close()
@@ -161,6 +162,8 @@ def save_adapters(model: Any, folder: Path) -> None:
         save_adapter(model, folder, name, lora(rank), seed, strength=10.0)
     for seed, (name, config) in enumerate(OTHERS.items()):
         save_adapter(model, folder, name, config, seed, strength=2.0)
+    for name, bits in QUANTISED.items():
+        save_adapter(model, folder, name, lora(8), 9, strength=10.0, bits=bits)
 
 
 def save_sick(folder: Path, healthy: str) -> None:
@@ -178,7 +181,7 @@ def save_sick(folder: Path, healthy: str) -> None:
 def in_one(name: str, folder: Path) -> dict[str, Any]:
     model = case(name).build().requires_grad_(False)
     engine = Engine(model, settings=EngineSettings(**SIZES, adapters=str(folder)))
-    for adapter in (*RANKS, *OTHERS):
+    for adapter in (*RANKS, *OTHERS, *QUANTISED):
         engine.store.register(adapter)
     found = serve(engine, engine.store.names())
     engine.close()
@@ -230,7 +233,7 @@ def test_two_processes_say_what_one_says(name: str, both: list[dict[str, Any]], 
     one = in_one(family, folder / family)
     check_same(one, first)
     assert first["weights"] < one["weights"]
-    assert second["names"] == sorted([*RANKS, *OTHERS])
+    assert second["names"] == sorted([*RANKS, *OTHERS, *QUANTISED])
     assert second["stats"] == first["stats"], "they have made the same decisions"
 
 

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from anyadapter.core.attach import NAME
 from anyadapter.core.errors import near
+from anyadapter.serving.contexts import STATE, Contexts
 from anyadapter.serving.gate import ROUTES, Gate, ServerSettings, facts, scrub, unless_gone
 from anyadapter.serving.loop import EngineLoop, NotReadyError, Stream, trace
 from anyadapter.serving.metrics import Metrics
@@ -32,6 +33,7 @@ from anyadapter.serving.protocol import (
     ChatReply,
     CompletionBody,
     CompletionReply,
+    ContextBody,
     NewAdapterBody,
     Reply,
     SamplingBody,
@@ -72,6 +74,7 @@ class Server:
     def __init__(self, loop: EngineLoop, settings: ServerSettings) -> None:
         self.loop, self.settings = loop, settings
         self.numbers = Metrics(lambda: loop.stats)
+        self.contexts = Contexts(loop)
         self.encoder = ThreadPoolExecutor(1, "tokenizer")
         self.started = int(time.time())
         self._tokenizer: Any = None
@@ -128,10 +131,57 @@ class Server:
     # ------------------------------------------------------------------ changing adapters
 
     async def load_adapter(self, http: Request, body: NewAdapterBody) -> Response:
-        """Register a folder under a new name."""
-        if body.name in self.loop.check().store.by_name or body.name == self.settings.model_name:
-            raise ApiError(409, f"There is a model {body.name!r} already; PUT replaces an adapter.", param="name")
-        return await self.put_adapter(http, body.name, body.path, 201)
+        """Register a folder under a new name, or make an adapter of a context."""
+        context = body.context()
+        if body.path is not None and context is None and body.name is not None:
+            self.check_new(body.name)
+            return await self.put_adapter(http, body.name, body.path, 201)
+        if body.path is not None or context is None:
+            message = "Give a name and the path of an adapter, or a context: a document or messages."
+            raise ApiError(400, message, param="path" if context is None else "document")
+        name = body.name or f"context-{uuid.uuid4().hex[:12]}"
+        self.check_new(name)
+        if not NAME.fullmatch(name):
+            raise ApiError(400, "A name is 1 to 128 letters, digits, '.', '_' and '-'.", param="name")
+        if (self.root() / name).exists():
+            raise ApiError(409, f"The folder of adapters holds {name!r} already.", param="name")
+        return await self.read_context(http, name, body, context, 201)
+
+    def check_new(self, name: str) -> None:
+        """Refuse a name that is taken."""
+        if name in self.loop.check().store.by_name or name == self.settings.model_name:
+            raise ApiError(409, f"There is a model {name!r} already; PUT replaces an adapter.", param="name")
+
+    async def extend_adapter(self, http: Request, name: str, body: ContextBody) -> Response:
+        """Let an adapter that was made of a context read another. Requests in hand keep what they began with."""
+        if not (self.registered(name).folder / STATE).exists():
+            raise ApiError(409, f"{name!r} was not made of a context; it cannot grow.")
+        context = body.context()
+        if context is None:
+            raise ApiError(400, "Give a context: a document or messages.", param="document")
+        return await self.read_context(http, name, body, context, 200)
+
+    async def read_context(
+        self, http: Request, name: str, body: ContextBody, context: str | list[dict[str, str]], status: int
+    ) -> Response:
+        self.root()
+        if self.contexts.generator() is None:
+            raise ApiError(403, "This server was started without a generator.", param="document")
+        ids = await self.encode(context, answer=False)
+        most = self.loop.check().max_context
+        if body.window is not None and body.window > most:
+            raise ApiError(400, f"window is {body.window}; this model reads {most} tokens at a time.", param="window")
+        mode = body.mode or "sequential"
+        registered = await self.contexts.make(name, ids, mode=mode, window=body.window, grows=status == 200)
+        facts(http).update(changed=name, context_tokens=len(ids))
+        return JSONResponse({**self.show(registered), "context_tokens": len(ids)}, status)
+
+    def root(self) -> Path:
+        """The folder of adapters."""
+        root = self.loop.check().settings.adapters
+        if root is None:
+            raise ApiError(403, "This server was started without a folder of adapters.")
+        return Path(root)
 
     async def replace_adapter(self, http: Request, name: str, body: AdapterBody) -> Response:
         """Put another folder under a name. Requests in hand finish with what they began with."""
@@ -139,13 +189,11 @@ class Server:
         return await self.put_adapter(http, name, body.path, 200)
 
     async def put_adapter(self, http: Request, name: str, path: str, status: int) -> Response:
-        root = self.loop.check().settings.adapters
-        if root is None:
-            raise ApiError(403, "This server was started without a folder of adapters.")
+        root = self.root()
         if not NAME.fullmatch(path):
             message = "This server takes adapters from its own folder only; path is the name of a folder in it."
             raise ApiError(403, message, param="path")
-        if not (Path(root) / path).exists():
+        if not (root / path).exists():
             raise ApiError(404, f"The folder of adapters holds no {path!r}.", param="path")
         registered = await self.loop.register(name, path)
         facts(http).update(changed=name)
@@ -214,14 +262,18 @@ class Server:
             self._tokenizer = copy.deepcopy(self.loop.check().tokenizer)
         return self._tokenizer
 
-    async def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Tokens of a text or a conversation, in a thread: a long one takes a while."""
+    async def encode(self, prompt: str | list[dict[str, str]], answer: bool = True) -> list[int]:
+        """Tokens of a text or a conversation, in a thread: a long one takes a while.
+
+        Args:
+            answer: whether a conversation ends where the model is to answer.
+        """
         tokenizer = self.tokenizer
 
         def work() -> list[int]:
             if isinstance(prompt, str):
                 return tokenizer(prompt)["input_ids"]
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=answer)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         try:

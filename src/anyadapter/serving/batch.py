@@ -6,6 +6,8 @@ A *segment* is a run of neighbouring tokens that read the same cells. All index 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -14,11 +16,12 @@ from torch import Tensor
 class Bits:
     """Rows of one bit a number: the first in the least significant bit, in whole words of 32, the rest of the last anything.
 
-    A row lies within one cell, beside others, or where it is longer than a cell in several from their start on.
+    A row lies within one cell, beside others, or where it is longer than a cell in several from their start on. What a 0 and
+    a 1 mean are two fp32 numbers in the pool; both are finite.
 
     Attributes:
         offsets: (R,) int32, the byte in its cell where a row begins, a multiple of 4.
-        levels: (R, 2) fp32, what a 0 and a 1 mean.
+        levels: (R,) int64, the byte of this half of the pool where a row's two levels are, a multiple of 4.
     """
 
     offsets: Tensor
@@ -66,3 +69,16 @@ class Sequences:
     starts: Tensor
     cells: Tensor
     longest: tuple[int, int]
+
+    @cached_property
+    def places(self) -> list[tuple[slice, slice | Tensor]]:
+        """Of each sequence, its new tokens, and where its cells are: a slice of the pool where they are neighbours."""
+        tokens, starts = self.tokens.tolist(), self.starts.tolist()
+        breaks = (self.cells.diff() != 1).cumsum(0).tolist()
+        found: list[tuple[slice, slice | Tensor]] = []
+        for s, (begin, end) in enumerate(pairwise(starts)):
+            cells = self.cells[begin:end]
+            together = end > begin and (end - begin == 1 or breaks[end - 2] == (breaks[begin - 1] if begin else 0))
+            place = slice(int(cells[0]), int(cells[-1]) + 1) if together else cells.long()
+            found.append((slice(tokens[s], tokens[s + 1]), place))
+        return found

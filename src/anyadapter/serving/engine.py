@@ -24,8 +24,9 @@ from anyadapter.core.errors import AnyAdapterError, RequestError, TargetError
 from anyadapter.core.host import Host, device_of
 from anyadapter.serving.batch import Sequences
 from anyadapter.serving.checks import check_combination, check_model, end_tokens
+from anyadapter.serving.fused import can_fuse
 from anyadapter.serving.kernels import kernels_for
-from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds, can_pack
+from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds
 from anyadapter.serving.policies import policy_named
 from anyadapter.serving.pool import Pool
 from anyadapter.serving.request import Output, Request
@@ -136,8 +137,8 @@ class Engine:
         self.reading: dict[str, Future[Tensor]] = {}
         self.counters = Counters()
         self.mixed.name = GUEST
-        if settings.pack and can_pack(self.device, self.dtype):
-            self.mixed.pack()
+        if settings.pack and can_fuse(self.device, self.dtype):
+            self.mixed.fuse()
         self.host.install(self.mixed)
         try:
             self.check(reference)

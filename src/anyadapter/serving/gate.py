@@ -111,6 +111,7 @@ ROUTES = (
     Route("POST", "/v1/completions", "key", "completions"),
     Route("POST", "/v1/chat/completions", "key", "chat"),
     Route("POST", "/v1/adapters", "admin", "load_adapter"),
+    Route("POST", "/v1/adapters/{name}/contexts", "admin", "extend_adapter"),
     Route("PUT", "/v1/adapters/{name}", "admin", "replace_adapter"),
     Route("DELETE", "/v1/adapters/{name}", "admin", "unload_adapter"),
 )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import ACT2FN
 
 from anyadapter.core.adapter import Adapter, AdapterConfig, Placement
@@ -22,15 +22,14 @@ from anyadapter.core.attention import key_heads
 from anyadapter.core.errors import TargetError
 from anyadapter.core.host import Host
 from anyadapter.parts.bottleneck import first, plus
-from anyadapter.serving.batch import Rows, Sequences
+from anyadapter.serving.batch import Bits, Rows, Sequences
+from anyadapter.serving.fused import fused
 from anyadapter.serving.kernels import Kernels
-from anyadapter.serving.kernels.native import Native
 from anyadapter.serving.packing import Block, Packing, Part
 from anyadapter.serving.pool import KEYS, VALUES, Pool
 from anyadapter.serving.residents import Resident
 
 Uses = tuple[tuple[Resident, float], ...]  # the adapters of one request, and their weights
-PACKED_FOR = 32  # rows in a pass for which oneDNN chooses the layout
 REMEMBERED = 8  # passes whose tables are kept: decoding repeats the same rows step after step
 # What a model may tell its attention core: what we heed, and what says nothing that matters here.
 HEEDED = {"scaling", "sliding_window", "softcap"}
@@ -120,30 +119,9 @@ class Mixed(Adapter):
         shape = (pool.cells, self.heads, self.dim)
         self.caches = [(keys.view(shape), values.view(shape)) for keys, values in pool.halves]
 
-    def pack(self) -> None:
-        """Give the model's linears a second copy of their weights, in the layout that oneDNN computes fastest with, and
-        compute its RMSNorms in one pass over memory.
-
-        In the engine's own passes only; whoever else calls the model gets what it always gave.
-        """
-        for path, module in self.host.modules.items():
-            if type(module) is nn.Linear and type(module.weight.data) is Tensor:  # none that lies on several devices
-                packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), PACKED_FOR)
-                self.placements.append(Placement(path, "call", partial(self.linear, packed, module.bias)))
-            elif isinstance(self.kernels, Native) and (eps := rms_norm(module, self.kernels)) is not None:
-                self.placements.append(Placement(path, "call", partial(self.norm, self.kernels, module, eps)))
-
-    def linear(self, packed: Tensor, bias: Tensor | None, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A linear by its packed weights."""
-        if self.now is None:
-            return call(x)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-    def norm(self, kernels: Native, module: Any, eps: float, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """An RMSNorm in one operation instead of eight."""
-        if self.now is None or x.dtype is not kernels.dtype:
-            return call(x)
-        return kernels.norm(x, module.weight, eps)
+    def fuse(self) -> None:
+        """Compute the base's own modules in fewer operations, in the engine's own passes."""
+        self.placements += fused(self.host, self.kernels, lambda: self.now is not None)
 
     def cover(self, packing: Packing) -> None:
         """Wrap the sites of an adapter that no adapter before had; the rest of the model is not touched."""
@@ -261,33 +239,6 @@ class Mixed(Adapter):
         return x
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed linears are to be had here."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def rms_norm(module: nn.Module, kernels: Native) -> float | None:
-    """The ε of a module that is an RMSNorm by its name and by what it computes, else None.
-
-    By what it computes, because the name says too little: Gemma multiplies by 1 + weight, others round elsewhere.
-    """
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
-        return None
-    if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:  # none that lies on several devices
-        return None
-    if weight.ndim != 1 or weight.dtype is not kernels.dtype:
-        return None
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    step = torch.finfo(weight.dtype).eps
-    alike = torch.allclose(kernels.norm(x, weight, eps), module(x), rtol=8 * step, atol=step)
-    return eps if alike else None
-
-
 def flat(x: Tensor) -> Tensor:
     """(tokens, width), the same memory."""
     return x.view(-1, x.shape[-1])
@@ -323,11 +274,12 @@ def site_work(path: str, runs: Sequence[tuple[Uses, int]], device: torch.device,
         for uses, count in runs
     ]
     work = Work([], [])
-    for kind, activation in dict.fromkeys((part.kind, part.activation) for parts, _ in here for _, _, part in parts):
+    for alike in dict.fromkeys(part.alike for parts, _ in here for _, _, part in parts):
+        kind, activation, _ = alike
         group = Group()
         for parts, count in here:
             group.counts.append(count)
-            group.parts.append([p for p in parts if (p[2].kind, p[2].activation) == (kind, activation)])
+            group.parts.append([p for p in parts if p[2].alike == alike])
         if kind in ("scale_input", "scale_output"):
             work.factors.append(factors(kind, group, device))
         else:
@@ -346,9 +298,16 @@ def products(kind: str, activation: str, group: Group, device: torch.device, wid
     )
 
     def table(block_of: Callable[[Part], Block]) -> Rows:
-        cells = np.concatenate([cells_of(resident, block_of(part)) for resident, _, part in members])
+        blocks = [(resident, block_of(part)) for resident, _, part in members]
+        cells = np.concatenate([cells_of(resident, block) for resident, block in blocks])
         on_device = [torch.from_numpy(a).to(device, non_blocking=True) for a in (tokens, rows, hidden, cells, scale)]
-        return Rows(*on_device, total=int(hidden[-1]))  # type: ignore[misc, arg-type]
+        bits = None
+        if blocks[0][1].room:
+            offsets = np.concatenate([block.places()[1] for _, block in blocks])
+            at = np.array([int(r.cells[b.levels[0]]) * b.room + b.levels[1] for r, b in blocks], dtype=np.int64)
+            levels = np.repeat(at, [b.rows for _, b in blocks])
+            bits = Bits(*(torch.from_numpy(a).to(device, non_blocking=True) for a in (offsets, levels)))
+        return Rows(*on_device, total=int(hidden[-1]), bits=bits)  # type: ignore[misc, arg-type]
 
     biases: dict[str, Tensor] = {}
     if any(part.bias for _, _, part in members):
@@ -396,8 +355,7 @@ def factors(kind: str, group: Group, device: torch.device) -> Factors:
 
 def cells_of(resident: Resident, block: Block) -> np.ndarray:
     """(rows, chunks) cells of a block."""
-    stop = block.start + block.rows * block.chunks
-    return resident.cells[block.start : stop].reshape(block.rows, block.chunks)
+    return resident.cells[block.places()[0]]
 
 
 def bounds(counts: Sequence[int]) -> np.ndarray:

@@ -7,6 +7,8 @@ dot product (in the first half of the cells) or added up (in the second), so tha
     bottleneck      z(x) = s U act(D x), before, after or beside a module        rows of D, columns of U
     (IA)³           y = l ⊙ W x, or W (l ⊙ x)               one row l
     prefix          keys and values in front of a sequence  cells as a token's
+
+Low-rank matrices and bottlenecks without biases that are quantised to one bit a number stay so: several rows share a cell.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +31,10 @@ from anyadapter.methods.language.ia3 import ScaledInput, ScaledOutput
 from anyadapter.methods.language.prefix import Prefix
 from anyadapter.parts.bottleneck import After, Before, DownUp, Parallel
 from anyadapter.parts.low_rank import LowRank
+from anyadapter.parts.quantised import Packed
 from anyadapter.serving.pool import KEYS, VALUES
 
+LEVELS = 8  # bytes of the two levels of a matrix of bits
 Kind = Literal["low_rank", "before", "after", "parallel", "scale_input", "scale_output"]
 
 
@@ -37,9 +42,15 @@ Kind = Literal["low_rank", "before", "after", "parallel", "scale_input", "scale_
 class Block:
     """``rows`` rows of ``width`` numbers: row j lies in ``chunks`` cells from ``start + j · chunks`` on.
 
+    A row of bits is in whole words of 32. It begins where the one before ended if all of it has room in that cell, and in
+    the next cell otherwise; where it is longer than a cell, it has several of its own.
+
     Attributes:
         start: among the adapter's own cells.
         half: 0 for what is read by a dot product, 1 for what is added up.
+        room: bytes in a cell, of rows of bits; 0: of numbers.
+        offset: the byte in its cell where the first row begins.
+        levels: the cell, and the byte in it, where the two fp32 values are that the bits choose between.
     """
 
     start: int
@@ -47,6 +58,22 @@ class Block:
     width: int
     chunks: int
     half: int
+    room: int = 0
+    offset: int = 0
+    levels: tuple[int, int] = (0, 0)
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each row's cells, (rows, chunks), among the adapter's own, and the byte in them where it begins, (rows,)."""
+        if not self.room or self.chunks > 1:
+            cells = self.start + np.arange(self.rows * self.chunks).reshape(self.rows, self.chunks)
+            return cells, np.zeros(self.rows, dtype=np.int32)
+        size = row_bytes(self.width)
+        here, a_cell = (self.room - self.offset) // size, self.room // size
+        later = np.arange(self.rows) - here  # how many rows come before, in the cells after the first
+        first = later < 0
+        cells = self.start + np.where(first, 0, 1 + later // a_cell)
+        offsets = np.where(first, self.offset + (later + here) * size, later % a_cell * size)
+        return cells[:, None], offsets.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,11 @@ class Part:
     scaling: float = 1.0
     activation: str = ""
     bias: Block | None = None
+
+    @property
+    def alike(self) -> tuple[Kind, str, bool]:
+        """What parts that are computed together have in common; at last, whether they are of bits."""
+        return self.kind, self.activation, self.first.room > 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +149,7 @@ class Packing:
     def sums(self) -> bool:
         return not self.prefix and all(part.kind == "low_rank" for part in self.parts.values())
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def pack(self, tensors: Mapping[str, Tensor | Packed]) -> Tensor:
         """An adapter's cells: (layers, 2, cells, W) on the CPU.
 
         Args:
@@ -128,39 +160,90 @@ class Packing:
         """
         packed = torch.zeros(self.layers, 2, self.cells, self.width, dtype=self.dtype)
         for fill in self.fills:
-            block, value = fill.block, tensors[fill.name]
+            if fill.block.room:
+                continue
+            block, value = fill.block, dense(tensors[fill.name])
             value = value.squeeze(-1) if fill.turned and value.dim() > 2 else value
             value = value.reshape(-1, block.width) if not fill.turned else value.T
             if fill.times:
-                value = value.float() * tensors[fill.times].float()
+                value = value.float() * dense(tensors[fill.times]).float()
             stop = block.start + block.rows * block.chunks
             rows = packed[fill.layer, block.half, block.start : stop].view(block.rows, -1)
             rows[fill.offset : fill.offset + value.shape[0], : block.width] = value
         if self.prefix:  # (n, layers · 2 · W): keys, then values, layer by layer
-            prompt = tensors[self.prompt].reshape(self.prefix, self.layers, 2, self.width)
+            prompt = dense(tensors[self.prompt]).reshape(self.prefix, self.layers, 2, self.width)
             packed[:, :, : self.prefix] = prompt.permute(1, 2, 0, 3)
         if not torch.isfinite(packed.sum(dtype=torch.float32)):
             raise ArtefactError(
                 f"The adapter holds NaN, infinity or numbers beyond {self.dtype}: the training diverged, or the base "
                 "should be served in another dtype."
             )
+        for fill in self.fills:  # after the check, for bits are no numbers
+            matrix = tensors[fill.name]
+            if fill.block.room and isinstance(matrix, Packed):
+                write_bits(packed[fill.layer, fill.block.half].view(torch.uint8).numpy(), fill, matrix)
         return packed
 
 
-def plan(adapter: Adapter, host: Host, layers: int, width: int, dtype: torch.dtype) -> Packing:
+def dense(value: Tensor | Packed) -> Tensor:
+    return value.dequantise() if isinstance(value, Packed) else value
+
+
+def row_bytes(width: int) -> int:
+    """Of a row of bits: whole words of 32."""
+    return -(-width // 32) * 4
+
+
+def write_bits(cells: np.ndarray, fill: Fill, matrix: Packed) -> None:
+    """A matrix's levels and bits into cells, (n, bytes), as the block has them."""
+    cell, byte = fill.block.levels
+    cells[cell, byte : byte + LEVELS] = matrix.levels().numpy().view(np.uint8)
+    bits = matrix.codes().flatten(1).numpy()
+    rows = np.packbits(bits.T if fill.turned else bits, axis=1, bitorder="little")
+    where, offsets = fill.block.places()
+    if fill.block.chunks > 1:
+        cells[where] = np.pad(rows, ((0, 0), (0, where.shape[1] * cells.shape[1] - rows.shape[1]))).reshape(
+            *where.shape, -1
+        )
+    else:
+        cells[where, offsets[:, None] + np.arange(rows.shape[1])] = rows
+
+
+def plan(
+    adapter: Adapter, host: Host, layers: int, width: int, dtype: torch.dtype, bits: Mapping[str, int] | None = None
+) -> Packing:
     """The packing of an adapter (on any device, also meta) for a pool.
+
+    Args:
+        bits: of its quantised matrices, by name. Those of one bit are packed where their site allows it, all others dense.
 
     Raises:
         TargetError: part of it is of a kind that cannot share a batch.
     """
     packing = Packing(layers, width, dtype)
     names = {id(tensor): name for name, tensor in adapter.tensors().items()}
+    single = {name for name, number in (bits or {}).items() if number == 1}
     taken: Counter[tuple[int, int]] = Counter()  # cells used in (layer, half)
+    left: Counter[tuple[int, int]] = Counter()  # bytes of the last of them, where it is of bits
+    room = width * dtype.itemsize
 
-    def block(layer: int, half: int, rows: int, wide: int) -> Block:
-        chunks = -(-wide // width)
-        found = Block(taken[layer, half], rows, wide, chunks, half)
-        taken[layer, half] += rows * chunks
+    def block(layer: int, half: int, rows: int, wide: int, *matrices: Tensor) -> Block:
+        at, size = (layer, half), row_bytes(wide)
+        if not matrices or not all(names[id(matrix)] in single for matrix in matrices):
+            found = Block(taken[at], rows, wide, -(-wide // width), half)
+            taken[at], left[at] = taken[at] + rows * found.chunks, 0
+            return found
+        if left[at] < LEVELS:
+            taken[at], left[at] = taken[at] + 1, room
+        levels = taken[at] - 1, room - left[at]
+        left[at] -= LEVELS
+        if size > room:
+            found = Block(taken[at], rows, wide, -(-size // room), half, room, 0, levels)
+            taken[at], left[at] = taken[at] + rows * found.chunks, 0
+        else:
+            found = Block(taken[at] - 1, rows, wide, 1, half, room, room - left[at], levels)
+            cells, offsets = found.places()
+            taken[at], left[at] = int(cells[-1, 0]) + 1, room - int(offsets[-1]) - size
         return found
 
     if isinstance(adapter, Prefix):
@@ -193,7 +276,7 @@ def add_fill(
     fills.append(Fill(names[id(tensor)], layer, block, times=names.get(id(times), ""), **how))
 
 
-NewBlock = Callable[[int, int, int], Block]
+NewBlock = Callable[..., Block]  # of (half, rows, width, *matrices): of bits if all these matrices are
 
 
 def plan_low_rank(branch: LowRank, module: nn.Module, block: NewBlock, fill: Callable[..., None]) -> Part:
@@ -201,7 +284,7 @@ def plan_low_rank(branch: LowRank, module: nn.Module, block: NewBlock, fill: Cal
         raise TargetError(f"A LoRA on a {type(module).__name__} cannot be served; its linears can.")
     width_in, width_out = features(module)
     a, b = branch.lora_A.weight, branch.lora_B.weight
-    first, second = block(KEYS, a.shape[0], width_in), block(VALUES, a.shape[0], width_out)
+    first, second = block(KEYS, a.shape[0], width_in, a, b), block(VALUES, a.shape[0], width_out, a, b)
     fill(a, first)
     fill(b, second, turned=True)
     return Part("low_rank", first, second, branch.scaling)
@@ -210,9 +293,10 @@ def plan_low_rank(branch: LowRank, module: nn.Module, block: NewBlock, fill: Cal
 def plan_bottleneck(kind: Kind, branch: DownUp, module: nn.Module, block: NewBlock, fill: Callable[..., None]) -> Part:
     down, up, s = branch.adapter_down, branch.adapter_up, branch.adapter_scaling
     width, biased = down.out_features, down.bias is not None
-    first = block(KEYS, width + biased, down.in_features)
-    second = block(VALUES, width + biased, up.out_features)
     times = s if isinstance(s, Tensor) else None
+    matrices = () if biased or times is not None else (down.weight, up.weight)  # a row of biases has no two levels
+    first = block(KEYS, width + biased, down.in_features, *matrices)
+    second = block(VALUES, width + biased, up.out_features, *matrices)
     fill(down.weight, first)
     fill(up.weight, second, times, turned=True)
     bias = None

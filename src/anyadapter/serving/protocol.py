@@ -183,8 +183,26 @@ class AdapterBody(Body):
     path: str = Field(max_length=256, description="A folder's name in the server's folder of adapters.")
 
 
-class NewAdapterBody(AdapterBody):
-    name: str = Field(max_length=256)
+class ContextBody(Body):
+    """Something to read: a document, or a conversation."""
+
+    document: str | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
+    mode: Literal["sequential", "parallel"] | None = Field(
+        None, description="Whether each window is read knowing those before it, as by default, or alone."
+    )
+    window: int | None = Field(None, ge=1, description="Tokens read at a time.")
+
+    def context(self) -> str | list[dict[str, str]] | None:
+        """The text or the conversation; None where there is neither."""
+        if self.document and self.messages:
+            raise ApiError(400, "A context is a document or messages, not both.", param="messages")
+        return self.document or [message.plain() for message in self.messages or ()] or None
+
+
+class NewAdapterBody(ContextBody):
+    name: str | None = Field(None, max_length=256, description="May be left out for an adapter made of a context.")
+    path: str | None = Field(None, max_length=256, description="A folder's name in the server's folder of adapters.")
 
 
 class Choice:

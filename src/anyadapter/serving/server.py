@@ -18,6 +18,7 @@ import uvicorn
 
 from anyadapter.core.errors import ConfigError
 from anyadapter.serving.api import create_app
+from anyadapter.serving.contexts import attach_generator
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.gate import ServerSettings
 from anyadapter.serving.loop import EngineLoop, trace
@@ -38,10 +39,14 @@ def serve(
     port: int = 8000,
     dtype: str | None = None,
     device: str | None = None,
+    generator: str | None = None,
     drain_seconds: float = 30.0,
     insecure: bool = False,
 ) -> None:
     """Load a base and serve it until a signal comes.
+
+    Args:
+        generator: folder of a GenerativeAdapter, which then makes adapters of the contexts that clients send.
 
     Raises:
         ConfigError: the settings cannot be meant, or there is no such base.
@@ -54,9 +59,11 @@ def serve(
         )
     if server.allow_adapter_updates and engine.adapters is None:
         raise ConfigError("--allow-adapter-updates needs --adapters, the only place that adapters are taken from.")
+    if generator is not None and not server.allow_adapter_updates:
+        raise ConfigError("--generator needs --allow-adapter-updates: what it makes are new adapters.")
     policy_named(engine.policy)  # known before the model is loaded
     logging.basicConfig(level=logging.INFO, handlers=[log_handler()], force=True)
-    loop = EngineLoop(lambda: load(base, engine, server.model_name, dtype, device))
+    loop = EngineLoop(lambda: load(base, engine, server.model_name, dtype, device, generator))
     process = Process(create_app(loop, server), loop, host, port, drain_seconds)
     loop.on_failure = process.stop
     process.run()
@@ -66,11 +73,15 @@ def serve(
         raise loop.error
 
 
-def load(base: str, settings: EngineSettings, name: str, dtype: str | None, device: str | None) -> Engine:
+def load(
+    base: str, settings: EngineSettings, name: str, dtype: str | None, device: str | None, generator: str | None = None
+) -> Engine:
     """The engine with all adapters of its folder; those that are refused are named in the log."""
     start = time.perf_counter()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_base(base, dtype=dtype, device=device)
+    if generator is not None:
+        attach_generator(model, generator)
     engine = Engine(model, tokenizer, settings=settings)
     refused = engine.store.scan()
     if name in engine.store.by_name:

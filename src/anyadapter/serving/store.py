@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from anyadapter.core.fingerprint import check_fingerprint
 from anyadapter.core.host import Host
 from anyadapter.formats import layouts
 from anyadapter.formats.files import CONFIG, TENSORS, inside, read_header, read_json
-from anyadapter.formats.native import FORMAT_VERSION, KEY, digest
+from anyadapter.formats.layouts import KEY
+from anyadapter.formats.native import FORMAT_VERSION, digest
+from anyadapter.formats.packed import read_bits, unpacked_shapes
+from anyadapter.parts.quantised import Packed
 from anyadapter.serving.packing import Packing, plan
 
 VOLATILE = ("tensors_sha256", "library_version", "base", "scale")  # differ between adapters that are packed alike
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Registered:
     """One adapter the server knows.
 
@@ -35,6 +39,7 @@ class Registered:
         id: ``name@version``; a name registered again gets another one, so that nothing of the old is taken for it.
         stamp: size and time of the file when it was checked; a file that has changed since is refused.
         scale: saved with the adapter.
+        kept: its cells, where its file no longer holds them.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Registered:
     base: str | None
     bytes: int
     created: float
+    kept: Tensor | None = field(default=None, repr=False)
 
     @property
     def rank(self) -> int:
@@ -63,11 +69,13 @@ class Registered:
 
 @dataclass(eq=False)
 class Template:
-    """What adapters of the same settings and shapes share: an adapter without values, its layout, its packing."""
+    """What adapters of the same settings and shapes share: an adapter without values, its layout, its packing, and the bits
+    of its quantised matrices."""
 
     adapter: Adapter
     layout: layouts.Layout
     packing: Packing
+    bits: dict[str, int]
 
 
 class AdapterStore:
@@ -211,7 +219,7 @@ class AdapterStore:
         return self.templates[key]
 
     def make_template(self, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Template:
-        meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        meta = on_meta(shapes)
         if (ours := config.get(KEY)) is not None:
             if not isinstance(ours, dict) or not isinstance(ours.get("config"), dict):
                 raise ArtefactError(f"{path / CONFIG}: the {KEY!r} object is malformed.")
@@ -230,12 +238,15 @@ class AdapterStore:
                 adapter = method_of(settings)(settings, self.host)
         except (TypeError, RuntimeError) as error:  # a setting of the wrong type that no check of its own caught
             raise ConfigError(f"{path}: no adapter can be made of its settings: {error}") from None
-        check_tensors(adapter.tensors(), layout.read(config, meta, adapter))
-        return Template(adapter, layout, self.plan(adapter))
+        mine = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+        bits = read_bits((ours or {}).get("bits"), mine)
+        meta = on_meta(unpacked_shapes(bits, shapes, mine))
+        check_tensors(adapter.tensors(), layout.read({}, meta, adapter))  # type: ignore[arg-type]  # none is packed
+        return Template(adapter, layout, self.plan(adapter, bits), bits)
 
-    def plan(self, adapter: Adapter) -> Packing:
+    def plan(self, adapter: Adapter, bits: dict[str, int]) -> Packing:
         """How adapters like this one lie in the pool."""
-        return plan(adapter, self.host, self.layers, self.width, self.dtype)
+        return plan(adapter, self.host, self.layers, self.width, self.dtype, bits)
 
     def check_base(self, ours: dict[str, Any]) -> None:
         expected = ours.get("base")
@@ -252,6 +263,8 @@ class AdapterStore:
         Raises:
             ArtefactError: the file has changed since it was registered, is damaged, or holds numbers that are not finite.
         """
+        if found.kept is not None:
+            return found.kept
         if found.id in self.packed:
             return self.packed[found.id]
         try:
@@ -266,13 +279,23 @@ class AdapterStore:
             self.packed[found.id] = packed.pin_memory() if torch.cuda.is_available() else packed
         return packed
 
-    def read(self, found: Registered) -> dict[str, Tensor]:
+    def read(self, found: Registered) -> Mapping[str, Tensor | Packed]:
         """An adapter's tensors, by its own names. The first time, they are compared with what was saved."""
         with safe_open(found.folder / TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if found.id not in self.checked and found.sha256 is not None and digest(tensors) != found.sha256:
             raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
-        return found.template.layout.read({}, tensors, found.template.adapter)
+        template = found.template
+        values = dict(template.layout.read({KEY: {"bits": template.bits}}, tensors, template.adapter))
+        for name, bits in template.bits.items():  # of a file with latents, which training goes on from
+            if not isinstance(value := values[name], Packed):
+                values[name] = Packed.of(value, bits, name)
+        return values
+
+
+def on_meta(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of these shapes without values."""
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def stamp(folder: Path) -> tuple[int, int]:

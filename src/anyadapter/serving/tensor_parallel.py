@@ -32,7 +32,7 @@ from anyadapter.core.fingerprint import check_fingerprint
 from anyadapter.formats.files import TENSORS
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.mixed import Mixed, MixedConfig, Products, Uses, Work, bounds, flat
-from anyadapter.serving.packing import Block, Packing, Part, plan
+from anyadapter.serving.packing import Block, Packing, Part, dense, plan
 from anyadapter.serving.pool import KEYS, VALUES
 from anyadapter.serving.request import Output, Request, Sampling
 from anyadapter.serving.sampling import Choice
@@ -134,7 +134,8 @@ class SplitStore(AdapterStore):
     split: Split
     tell: Callable[[Command], None]
 
-    def plan(self, adapter: Adapter) -> Packing:
+    def plan(self, adapter: Adapter, bits: dict[str, int]) -> Packing:
+        """Quantised matrices are cut, and so lie in the pool as numbers."""
         whole = plan(adapter, self.host, self.layers, self.width * self.split.size, self.dtype)
         return Division(whole, self.split).packing()
 
@@ -146,13 +147,17 @@ class SplitStore(AdapterStore):
     def read(self, found: Registered) -> dict[str, Tensor]:
         """This process's part of the tensors. The first process once reads them all, and compares them with what was saved."""
         packing: Any = found.packing
-        if self.split.rank == 0 and found.id not in self.checked:
-            super().read(found)
+        quantised = bool(found.template.bits)
+        whole: Any = super().read(found) if quantised or (self.split.rank == 0 and found.id not in self.checked) else {}
         with safe_open(found.folder / TENSORS, framework="pt") as file:
-            slices: Any = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            if not quantised:
+                slices: Any = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                whole = found.template.layout.read({}, slices, found.template.adapter)
             parts = {}
-            for name, tensor in found.template.layout.read({}, slices, found.template.adapter).items():
-                cut = packing.cuts.get(name, (ALL,) * len(tensor.get_shape()))  # type: ignore[attr-defined]
+            for name, found_there in whole.items():
+                tensor = dense(found_there) if quantised else found_there
+                shape = tensor.shape if quantised else tensor.get_shape()
+                cut = packing.cuts.get(name, (ALL,) * len(shape))
                 empty = any(s.start is not None and s.start == s.stop for s in cut)
                 parts[name] = tensor[:0] if empty else tensor[cut]
         if packing.prefix:  # (n, layers · 2 · heads · dim): this process's heads

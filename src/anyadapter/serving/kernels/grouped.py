@@ -62,30 +62,46 @@ class Grouped:
         """Fill in the tokens of the sequences with ``least`` new ones and more."""
         new, have = sequences.tokens.diff().tolist(), sequences.starts.diff().tolist()
         single = [s for s, n in enumerate(new) if n == 1 and n >= least]
-        many = [[s] for s, n in enumerate(new) if n > 1 and n >= least]
-        for members in [single, *many] if single else many:
-            n = new[members[0]]
-            cells = torch.tensor([have[s] for s in members], device=q.device)[:, None]
-            # Counted from the first cell that the first new token sees; no cell before it is read.
-            first = (cells - n + 1 - window).clamp(min=0) if window else torch.zeros_like(cells)
+        if single:
+            cells = torch.tensor([have[s] for s in single], device=q.device)[:, None]
+            # Counted from the first cell that the new token sees; no cell before it is read.
+            first = (cells - window).clamp(min=0) if window else torch.zeros_like(cells)
             seen = cells - first
             span = torch.arange(int(seen.max()), device=q.device)
             # A sequence shorter than the longest is filled up with a cell of its own, which the mask hides.
-            at = sequences.cells[sequences.starts[members][:, None] + first + span.minimum(seen - 1)]
-            own = seen - n + torch.arange(n, device=q.device)
-            mask = span <= own[..., None]
-            if window:
-                mask &= span > own[..., None] - window
-            token = spans(sequences.tokens, members, n)
+            at = sequences.cells[sequences.starts[single][:, None] + first + span.minimum(seen - 1)]
+            token = spans(sequences.tokens, single, 1)
+            mask = (span < seen)[:, None]
             out[token] = attention(q[token], keys[at], values[at], mask, scale, softcap)
+        for s, (tokens, place) in enumerate(sequences.places):
+            if new[s] > 1 and new[s] >= least:
+                n, count = new[s], have[s]
+                skip = max(count - n + 1 - window, 0) if window else 0
+                k, v = keys[place][skip:], values[place][skip:]
+                whole = count == n and (window or n) >= n  # each token sees all before it
+                seen_by = None if whole else visible(n, count, skip, window, q.device)
+                out[tokens] = attention(q[tokens][None], k[None], v[None], seen_by, scale, softcap)[0]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+def visible(new: int, cells: int, skip: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of a sequence's cells, but for the first ``skip``, its new tokens see: (1, new, cells − skip)."""
+    own = torch.arange(cells - new, cells, device=device)[:, None]
+    at = torch.arange(skip, cells, device=device)
+    return ((at <= own) & (at > own - (window or cells)))[None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """q: (batch, n, heads, d), k and v: (batch, cells, kv heads, d), mask: (batch, n, cells) → (batch, n, heads, d).
 
-    The query heads that share a key head are treated as so many more queries.
+    Without a mask each token sees those up to itself. With one, the query heads that share a key head are treated as so many
+    more queries.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if mask is None and softcap is None:
+        heads = q.transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    if mask is None:
+        mask = visible(q.shape[1], q.shape[1], 0, None, q.device)
     folded = q.unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4)
     sharing, n = folded.shape[2:4]
     folded, mask = folded.flatten(2, 3), mask.repeat(1, sharing, 1)[:, None]
@@ -120,5 +136,5 @@ def matrices(pool: Tensor, rows: Rows, row: Tensor, width: int) -> Tensor:
     found = pool.view(torch.uint8)[cells].flatten(2)
     at = rows.bits.offsets[row].long()[..., None] + torch.arange(-(-width // 8), device=pool.device)
     bits = found.gather(2, at)[..., None] >> torch.arange(8, dtype=torch.uint8, device=pool.device) & 1
-    low, high = rows.bits.levels[row][..., None].unbind(2)
-    return torch.where(bits.flatten(2)[..., :width].bool(), high, low)
+    level, numbers = rows.bits.levels[row][..., None] // 4, pool.view(torch.float32).flatten()
+    return torch.where(bits.flatten(2)[..., :width].bool(), numbers[level + 1], numbers[level])

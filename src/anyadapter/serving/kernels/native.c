@@ -222,7 +222,7 @@ typedef struct {
     long segments, chunks, cell, stride; /* a cell's numbers; bytes from one to the next */
     const int32_t *tokens, *rows, *hidden, *cells, *offsets; /* where in its cell a row of bits begins; null: of numbers */
     const float *scale;
-    const Level *levels;
+    const int64_t *levels; /* where in the pool they are, of bits */
     const char *pool;
 } Rows;
 
@@ -246,6 +246,13 @@ INLINE const char *cell(const Rows *r, long row, long c, int bits)
     return r->pool + r->cells[row * r->chunks + c] * r->stride + (bits ? r->offsets[row] : 0);
 }
 
+INLINE Level level_of(const Rows *r, long row)
+{
+    Level level;
+    memcpy(&level, r->pool + r->levels[row], sizeof level);
+    return level;
+}
+
 /* The bytes of so many numbers of a row. */
 INLINE long bytes_of(long numbers, int half, int bits) { return bits ? (numbers + 31) / 32 * 4 : numbers * SIZE; }
 
@@ -260,7 +267,7 @@ INLINE void activations(const Rows *r, long row, long count, long ahead, const c
         Level level[ROWS];
         long numbers = least_of(r->cell, width - start);
         for (int j = 0; j < ROWS; j++) at[j] = cell(r, row + least_of(j, count - 1), c, bits);
-        for (int j = 0; j < ROWS && bits; j++) level[j] = r->levels[row + least_of(j, count - 1)];
+        for (int j = 0; j < ROWS && bits; j++) level[j] = level_of(r, row + least_of(j, count - 1));
         for (int t = 0; t < tokens; t++) part[t] = x[t] + start * SIZE;
         for (long j = ahead; j < stop; j++) fetch(cell(r, j, c, bits), bytes_of(numbers, half, bits));
         multiply(sums, part, tokens, at, bits ? level : 0, numbers * SIZE, half);
@@ -376,7 +383,7 @@ INLINE void expand_piece(const Rows *r, const Piece *p, Walk *ahead, long width,
             float strength = j + i < rank ? scale[at] : 0;
             used |= strength != 0;
             row[i] = piece_row(r, p, at, half, bits);
-            if (bits) level[i] = r->levels[r->rows[p->s] + at];
+            if (bits) level[i] = level_of(r, r->rows[p->s] + at);
             for (int t = 0; t < tokens; t++) factor[t][i] = strength != 0 ? strength * h[t * rank + at] : 0;
         }
         if (used) combine(sums, BLOCK, factor, tokens, row, bits ? level : 0, bytes, half);
@@ -574,6 +581,37 @@ INLINE void attend_part(const Sequences *s, const char *q, long q_stride, char *
 void attend(const Sequences *s, const char *q, long q_stride, char *out, int half, int threads)
 {
 #define PART(half, bits) attend_part(s, q, q_stride, out, thread, all, half)
+    IN_THREADS(0, PART)
+#undef PART
+}
+
+/* y = silu(g) * u, over `bytes` bytes; silu is rounded to its own type first, as the models do. */
+INLINE void gate_row(const char *g, const char *u, char *y, long bytes, int half)
+{
+    char spare[STEP], other[STEP], end[STEP];
+    for (long at = 0; at < bytes; at += STEP) {
+        const char *v = filled(spare, g + at, bytes - at), *w = filled(other, u + at, bytes - at);
+        floats parts[2];
+        for (int part = 0; part < PARTS; part++) {
+            floats x = load(v, part, half);
+            float numbers[LANES];
+            memcpy(numbers, &x, STEP);
+            for (int i = 0; i < LANES; i++) numbers[i] = numbers[i] / (1 + power(-LOG2E * numbers[i]));
+            memcpy(&x, numbers, STEP);
+            if (half) x = (floats)rounded(x);
+            parts[part] = x * load(w, part, half);
+        }
+        store(bytes - at < STEP ? end : y + at, parts, half);
+        if (bytes - at < STEP) memcpy(y + at, end, bytes - at);
+    }
+}
+
+/* `rows` rows of `width` numbers, those of g and u `stride` bytes apart. */
+void gate(const char *g, long g_stride, const char *u, long u_stride, long rows, long width, char *y, int half, int threads)
+{
+#define PART(half, bits)                                                                             \
+    for (long i = rows * thread / all; i < rows * (thread + 1) / all; i++)                           \
+    gate_row(g + i * g_stride, u + i * u_stride, y + i * width * SIZE, width * SIZE, half)
     IN_THREADS(0, PART)
 #undef PART
 }

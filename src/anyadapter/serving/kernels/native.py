@@ -165,6 +165,14 @@ class Native:
         self.library.norm(x.data_ptr(), rows, width, weight.data_ptr(), eps, out.data_ptr(), self.half, count)
         return out
 
+    def gate(self, g: Tensor, u: Tensor) -> Tensor:
+        """silu(g) · u: both (1, T, width), the result new."""
+        rows, width = g.shape[-2:]
+        out = torch.empty(g.shape, dtype=g.dtype)
+        strides = (g.data_ptr(), g.stride(-2) * self.size, u.data_ptr(), u.stride(-2) * self.size)
+        self.library.gate(*strides, rows, width, out.data_ptr(), self.half, threads(out.numel()))
+        return out
+
 
 def threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers >= SMALL else 1
@@ -189,7 +197,8 @@ def library() -> ctypes.CDLL:
     loaded.add.argtypes = [rows, rows, c_void_p, c_void_p, *matrix, c_void_p, *matrix, c_int, c_int]
     loaded.attend.argtypes = [sequences, c_void_p, c_long, c_void_p, c_int, c_int]
     loaded.norm.argtypes = [c_void_p, c_long, c_long, c_void_p, c_float, c_void_p, c_int, c_int]
-    for function in (loaded.shrink, loaded.expand, loaded.add, loaded.attend, loaded.norm):
+    loaded.gate.argtypes = [c_void_p, c_long, c_void_p, c_long, c_long, c_long, c_void_p, c_int, c_int]
+    for function in (loaded.shrink, loaded.expand, loaded.add, loaded.attend, loaded.norm, loaded.gate):
         function.restype = None
     return loaded
 

@@ -37,13 +37,14 @@ def locate(bounds, segments, block, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def load_rows(pool, stride, cell, row, offsets, levels, columns, mask, BITS: tl.constexpr):
-    """These columns of these rows' cells, fp32: numbers, or the levels that bits choose."""
+def load_rows(pool, numbers, stride, cell, row, offsets, levels, columns, mask, BITS: tl.constexpr):
+    """These columns of these rows' cells, fp32: numbers, or the levels that bits choose, which are among ``numbers``."""
     if not BITS:
         return tl.load(pool + cell[:, None] * stride + columns[None, :], mask=mask, other=0).to(tl.float32)
     used = tl.max(mask.to(tl.int32), 1) > 0
     offset = tl.load(offsets + row, mask=used, other=0).to(tl.int64)
-    low, high = tl.load(levels + 2 * row, mask=used, other=0), tl.load(levels + 2 * row + 1, mask=used, other=0)
+    level = tl.load(levels + row, mask=used, other=0) // 4
+    low, high = tl.load(numbers + level, mask=used, other=0), tl.load(numbers + level + 1, mask=used, other=0)
     place = (cell * stride + offset)[:, None] + (columns // 8)[None, :]
     bit = (tl.load(pool + place, mask=mask, other=0).to(tl.int32) >> (columns % 8)[None, :]) & 1
     return tl.where(mask, tl.where(bit == 1, high[:, None], low[:, None]), 0)
@@ -51,8 +52,8 @@ def load_rows(pool, stride, cell, row, offsets, levels, columns, mask, BITS: tl.
 
 @triton.jit
 def shrink_kernel(
-    x, x_stride, pool, stride, bounds, rows, hidden_bounds, cells, offsets, levels, hidden, segments, chunks, width, total,
-    CELL: tl.constexpr, SPAN: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, x_stride, pool, stride, bounds, rows, hidden_bounds, cells, offsets, levels, numbers, hidden, segments, chunks, width,
+    total, CELL: tl.constexpr, SPAN: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop = locate(bounds, segments, tl.program_id(0), SEGMENTS, TOKENS)
@@ -73,15 +74,15 @@ def shrink_kernel(
                 place = at.to(tl.int64)[:, None] * x_stride + (c * CELL + column + k)[None, :]
                 part = tl.load(x + place, mask=(at < stop)[:, None] & there[None, :], other=0).to(tl.float32)
                 mask = (j < rank)[:, None] & there[None, :]
-                a = load_rows(pool, stride, cell, begin + j, offsets, levels, column + k, mask, BITS)
+                a = load_rows(pool, numbers, stride, cell, begin + j, offsets, levels, column + k, mask, BITS)
                 sums = tl.dot(part, tl.trans(a), sums, input_precision=PRECISION)
         tl.store(out[:, None] + j[None, :], sums, mask=(at < stop)[:, None] & (j < rank)[None, :])
 
 
 @triton.jit
 def expand_kernel(
-    hidden, y, y_stride, pool, stride, bounds, rows, hidden_bounds, cells, offsets, levels, scale, segments, chunks, width,
-    CELL: tl.constexpr, SPAN: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    hidden, y, y_stride, pool, stride, bounds, rows, hidden_bounds, cells, offsets, levels, numbers, scale, segments, chunks,
+    width, CELL: tl.constexpr, SPAN: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop = locate(bounds, segments, tl.program_id(0), SEGMENTS, TOKENS)
@@ -102,7 +103,7 @@ def expand_kernel(
         cell = tl.load(cells + (begin + j) * chunks + c, mask=used, other=0).to(tl.int64)
         h = tl.load(activations[:, None] + j[None, :], mask=(at < stop)[:, None] & used[None, :], other=0)
         mask = used[:, None] & there[None, :]
-        b = load_rows(pool, stride, cell, begin + j, offsets, levels, column, mask, BITS)
+        b = load_rows(pool, numbers, stride, cell, begin + j, offsets, levels, column, mask, BITS)
         sums = tl.dot(h * strength[None, :], b, sums, input_precision=PRECISION)
     place = y + at.to(tl.int64)[:, None] * y_stride + (c * CELL + column)[None, :]
     mask = (at < stop)[:, None] & there[None, :]
@@ -213,12 +214,13 @@ class Triton:
 
 def rows_in(pool: Tensor, rows: Rows, width: int) -> tuple[Tensor, dict[str, Any]]:
     """The pool, by bytes where the rows are of bits, and what a kernel must know of how they lie in it."""
-    bits = rows.bits
+    bits, cell = rows.bits, pool.shape[1]
+    tables: tuple[Tensor | None, ...] = rows.cells, None, None, None
     if bits is not None:
+        tables = rows.cells, bits.offsets, bits.levels, pool.view(torch.float32)
         pool = pool.view(torch.uint8)
-    cell = pool.shape[1] * (1 if bits is None else 8)
+        cell = pool.shape[1] * 8
     span = min(cell, triton.next_power_of_2(width))  # of a cell, what is used
-    tables = (rows.cells, None, None) if bits is None else (rows.cells, bits.offsets, bits.levels)
     return pool, {"tables": tables, "CELL": cell, "SPAN": span, "COLUMNS": columns(span), "BITS": bits is not None}
 
 

@@ -1,0 +1,205 @@
+"""Adapters that the server makes of documents and conversations: what they say, how they grow, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from live import ADMIN, BASE, Live, completion, error
+from served import disagreement, lora, save_adapter
+from torch import nn
+
+import anyadapter as aa
+from anyadapter.core.errors import ConfigError
+from anyadapter.methods.language.generative import Generative, GenerativeConfig
+from anyadapter.serving.contexts import GENERATOR, attach_generator
+from anyadapter.serving.engine import Engine, EngineSettings
+from anyadapter.serving.gate import ServerSettings
+from anyadapter.serving.server import serve
+
+TIE = 1e-3  # two logits closer than this are the same to fp32 sums of another order
+PROMPT = "The capital of the island is"
+DOCUMENT = "The island has a king who keeps bees. Its capital is Orvel, a town of nine towers by a cold lake. " * 3
+MORE = "In spring the bees are carried to the hills, and the king walks behind them with a drum."
+WINDOW = 24
+
+
+@pytest.fixture(scope="module")
+def generator(smollm_and_tokenizer: tuple[nn.Module, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator with random values, strong enough to change what the model says."""
+    model, folder = smollm_and_tokenizer[0], tmp_path_factory.mktemp("generator")
+    torch.manual_seed(0)
+    adapter = aa.attach(model, GenerativeConfig(inner=16, rank=16, max_rank=8, alpha=16, window=64), "made")
+    for name, tensor in adapter.tensors().items():
+        if name.endswith("B.weight"):
+            nn.init.normal_(tensor, std=0.1)
+    aa.save_pretrained(model, folder, "made")
+    aa.detach(model, "made")
+    return folder
+
+
+@pytest.fixture
+def root(smollm: nn.Module, tmp_path: Path) -> Path:
+    save_adapter(smollm, tmp_path / "adapters", "plain", lora(4), 0)
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def live(smollm: nn.Module, smollm_tokenizer: Any, generator: Path, root: Path) -> Iterator[Live]:
+    made = start(smollm, smollm_tokenizer, generator, root)
+    yield made
+    stop(made, smollm)
+
+
+def start(model: nn.Module, tokenizer: Any, generator: Path | None, root: Path) -> Live:
+    if generator is not None:
+        attach_generator(model, generator)
+    engine = Engine(model, tokenizer, settings=EngineSettings(cells=6000, adapters=str(root)))
+    assert engine.store.scan() == {}
+    live = Live(engine, admin_key=ADMIN, allow_adapter_updates=True)
+    live.http = live.client(ADMIN)
+    return live
+
+
+def stop(live: Live, model: nn.Module) -> None:
+    live.stop()
+    if GENERATOR in aa.adapters(model):
+        aa.detach(model, GENERATOR)
+
+
+def says(live: Live, name: str) -> list[int]:
+    body = completion(PROMPT, 6, model=name, logprobs=0)
+    text = live.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    return live.engine.tokenizer(PROMPT + text)["input_ids"]
+
+
+def knows(model: nn.Module, adapter: Generative, state: Any, ids: list[int], prompt: int) -> float:
+    """How far the model with this state is from saying these tokens itself; 0 where it would."""
+    adapter.enabled = True
+    try:
+        with aa.signals(model, state=state):
+            return disagreement(model, ids[:prompt], ids[prompt:])
+    finally:
+        adapter.enabled = False
+
+
+def test_an_adapter_made_over_http_says_what_it_says_in_python(
+    live: Live, smollm: nn.Module, smollm_tokenizer: Any, generator: Path, root: Path
+) -> None:
+    made = live.http.post("/v1/adapters", json={"name": "island", "document": DOCUMENT, "window": WINDOW})
+    assert made.status_code == 201, made.text
+    ids = smollm_tokenizer(DOCUMENT)["input_ids"]
+    assert made.json()["id"] == "island"
+    assert made.json()["context_tokens"] == len(ids)
+    first, prompt = says(live, "island"), len(smollm_tokenizer(PROMPT)["input_ids"])
+    grown = live.http.post("/v1/adapters/island/contexts", json={"document": MORE, "window": WINDOW})
+    assert grown.status_code == 200, grown.text
+    second, base = says(live, "island"), says(live, BASE)
+    live.idle()
+    stop(live, smollm)
+    again = start(smollm, smollm_tokenizer, generator, root)  # the server was started again
+    assert says(again, "island") == second
+    chat = [{"role": "user", "content": "Who walks behind the bees?"}, {"role": "assistant", "content": "The king."}]
+    assert again.http.post("/v1/adapters/island/contexts", json={"messages": chat}).status_code == 200
+    third = says(again, "island")
+    again.idle()
+    again.stop()
+
+    adapter: Any = aa.adapters(smollm)[GENERATOR]
+    adapter.enabled = True
+    state = adapter.read(smollm, ids, window=WINDOW)
+    after = adapter.read(smollm, smollm_tokenizer(MORE)["input_ids"], window=WINDOW, state=state)
+    text = smollm_tokenizer.apply_chat_template(chat, tokenize=False)
+    last = adapter.read(smollm, smollm_tokenizer(text, add_special_tokens=False)["input_ids"], state=after)
+    assert disagreement(smollm, base[:prompt], base[prompt:]) < TIE
+    for known, said in ((state, first), (after, second), (last, third)):
+        assert knows(smollm, adapter, known, said, prompt) < TIE
+        assert disagreement(smollm, said[:prompt], said[prompt:]) > TIE, "what was read changes nothing"
+    assert knows(smollm, adapter, after, third, prompt) > TIE, "the conversation changed nothing"
+
+
+def test_requests_in_hand_keep_what_they_began_with(live: Live) -> None:
+    name = live.http.post("/v1/adapters", json={"document": DOCUMENT}).json()["id"]
+    assert name.startswith("context-")
+    quiet = completion(PROMPT, 40, model=name)
+    wanted = live.http.post("/v1/completions", json=quiet).json()["choices"][0]["text"]
+    live.in_engine(lambda: live.engine.residents.keep(()))  # its cells are to be read anew
+    got: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: got.append(live.client(ADMIN).post("/v1/completions", json=quiet)))
+    old = live.engine.store.get(name)
+    asking.start()
+    live.until(lambda: old.id in live.engine.held)
+    assert live.http.post(f"/v1/adapters/{name}/contexts", json={"document": MORE}).status_code == 200
+    asking.join()
+    assert got[0].json()["choices"][0]["text"] == wanted
+    assert old.kept is not None, "and would be found if the cells were given up meanwhile"
+    assert torch.equal(live.engine.store.pack(old), old.kept)
+    assert not torch.equal(live.engine.store.pack(live.engine.store.get(name)), old.kept)
+    live.idle()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("", {"name": "new"}, 400, "a document or messages"),
+        ("", {"name": "new", "document": ""}, 400, "a document or messages"),
+        ("", {"name": "new", "document": "x", "path": "plain"}, 400, "Give a name and the path"),
+        ("", {"document": "x", "messages": [{"role": "user", "content": "x"}]}, 400, "not both"),
+        ("", {"path": "plain"}, 400, "Give a name"),
+        ("", {"name": "plain", "document": "x"}, 409, "already"),
+        ("", {"name": "../out", "document": "x"}, 400, "A name is"),
+        ("", {"name": "new", "document": "x", "window": 10**6}, 400, "at a time"),
+        ("", {"name": "new", "document": "x", "window": 0}, 400, "window"),
+        ("", {"name": "new", "document": "x", "mode": "backwards"}, 400, "mode"),
+        ("/plain/contexts", {"document": "x"}, 409, "not made of a context"),
+        ("/nobody/contexts", {"document": "x"}, 404, "nobody"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(live: Live, path: str, body: dict, status: int, message: str) -> None:
+    before = sorted(p.name for p in Path(live.engine.settings.adapters or "").iterdir())
+    got = live.http.post(f"/v1/adapters{path}", json=body)
+    assert got.status_code == status, got.text
+    assert message in error(got)["message"]
+    assert sorted(p.name for p in Path(live.engine.settings.adapters or "").iterdir()) == before
+
+
+def test_a_name_that_is_a_folder_already(live: Live, root: Path) -> None:
+    (root / "notes").mkdir()
+    got = live.http.post("/v1/adapters", json={"name": "notes", "document": "x"})
+    assert (got.status_code, "holds" in error(got)["message"]) == (409, True)
+
+
+def test_a_damaged_state_is_refused_and_the_adapter_goes_on(live: Live, root: Path) -> None:
+    assert live.http.post("/v1/adapters", json={"name": "island", "document": DOCUMENT}).status_code == 201
+    before = says(live, "island")
+    file = root / "island" / "context.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    got = live.http.post("/v1/adapters/island/contexts", json={"document": MORE})
+    assert 400 <= got.status_code < 500, got.text
+    assert says(live, "island") == before
+
+
+def test_a_server_without_a_generator_makes_nothing(smollm: nn.Module, smollm_tokenizer: Any, root: Path) -> None:
+    live = start(smollm, smollm_tokenizer, None, root)
+    got = live.http.post("/v1/adapters", json={"document": DOCUMENT})
+    assert (got.status_code, "without a generator" in error(got)["message"]) == (403, True)
+    stop(live, smollm)
+
+
+def test_a_generator_needs_a_place_for_what_it_makes(tmp_path: Path) -> None:
+    settings = ServerSettings(model_name=BASE, admin_key=ADMIN)
+    with pytest.raises(ConfigError, match="--allow-adapter-updates"):
+        serve("no-such-base", EngineSettings(adapters=str(tmp_path)), settings, generator="anything")
+
+
+def test_another_adapter_is_no_generator(smollm: nn.Module, root: Path) -> None:
+    with pytest.raises(ConfigError, match="LoRA"):
+        attach_generator(smollm, root / "plain")
+    assert not aa.adapters(smollm)
+    shutil.rmtree(root)
