@@ -44,6 +44,8 @@ ROUTED: dict[str, tuple[str, tuple[aa.AdapterConfig, ...]]] = {
     "houlsby": ("bert", (aa.BottleneckConfig(placement="houlsby", width=3), aa.BottleneckConfig(placement="pfeiffer"))),
     "gated prefix": ("qwen3", (aa.LlamaAdapterConfig(length=2), aa.LoRAConfig(rank=2))),
     "rewritten query": ("roberta", (aa.PAdapterConfig(alpha=0.5), aa.LoRAConfig(rank=2))),
+    "beside a ViT": ("vit", (aa.BiAdapterConfig(hidden=3), aa.BiAdapterConfig(form="lora", hidden=2, bits=32))),
+    "an inventory": ("llama", (aa.MHRConfig(skills=3, selector="average", splits=2), aa.LoRAConfig(rank=1))),
     "mixed kinds": ("llama", (aa.LoRAConfig(rank=2), aa.BottleneckConfig(width=3), aa.IA3Config())),
     "convolutions": ("sd15", (aa.LoRAConfig(rank=2, targets=("conv1", "to_q")),) * 2),
 }

@@ -119,7 +119,7 @@ class MHR(Adapter):
 
     Config = MHRConfig
     reads: ClassVar[tuple[str, ...]] = ("task_ids",)
-    capabilities = frozenset({"scale"})
+    capabilities = frozenset({"scale", "route"})
     groups = {"routing": ("*.module_logits",), "inventory": ("*.lora_a", "*.lora_b")}
     config: MHRConfig
 

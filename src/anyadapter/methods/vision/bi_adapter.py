@@ -71,7 +71,7 @@ class BiAdapter(Adapter):
     """x' + MLP(LN x') + s · U ReLU(D x') in every layer, or q + s · U D u and v + s · U D u in every attention."""
 
     Config = BiAdapterConfig
-    capabilities = frozenset({"scale", "merge"})
+    capabilities = frozenset({"scale", "merge", "route"})
     groups = {"adapters": ("*adapter_down.weight", "*adapter_up.weight"), "head": ("*.head.weight", "*.head.bias")}
     config: BiAdapterConfig
 
@@ -91,6 +91,7 @@ class BiAdapter(Adapter):
             site = host.find("head")[-1]
             width = features(site.module)[0] if is_linear(site.module) else width
             self.at(site, Head(width, config.head_classes, config.head_bits))
+            self.capabilities = self.capabilities - {"route"}  # type: ignore[misc]  # a new head answers for all rows
 
     def beside_feed_forward(self, host: Host) -> int:
         """Adapters that read what enters the second LayerNorm and add to what leaves the layer. Returns their width."""
