@@ -280,6 +280,7 @@ class Engine:
             self.reader.shutdown(cancel_futures=True)
         if self.host.adapters.get(GUEST) is self.mixed:
             self.host.remove(self.mixed)
+            self.mixed.placements.clear()  # they hold the second copy of the weights, in a circle that is long to be found
 
     # ------------------------------------------------------------------ requests and their cells
 
