@@ -185,6 +185,19 @@ def test_a_damaged_state_is_refused_and_the_adapter_goes_on(live: Live, root: Pa
     assert says(live, "island") == before
 
 
+def test_what_cannot_be_served_leaves_no_folder(
+    smollm: nn.Module, smollm_tokenizer: Any, generator: Path, root: Path
+) -> None:
+    attach_generator(smollm, generator)
+    limits = EngineSettings(cells=6000, adapters=str(root), max_rank=4)  # the generator's adapters have rank 8
+    live = Live(Engine(smollm, smollm_tokenizer, settings=limits), admin_key=ADMIN, allow_adapter_updates=True)
+    for _ in range(2):
+        got = live.client(ADMIN).post("/v1/adapters", json={"name": "island", "document": DOCUMENT})
+        assert (got.status_code, "rank 8" in error(got)["message"]) == (400, True)
+        assert not (root / "island").exists()
+    stop(live, smollm)
+
+
 def test_a_server_without_a_generator_makes_nothing(smollm: nn.Module, smollm_tokenizer: Any, root: Path) -> None:
     live = start(smollm, smollm_tokenizer, None, root)
     got = live.http.post("/v1/adapters", json={"document": DOCUMENT})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import uuid
 from functools import partial
 from pathlib import Path
@@ -82,8 +83,13 @@ class Contexts:
                     break
                 state = found
             assert state is not None
-            await self.aside(partial(self.write, state, folder, engine.store.by_name.get(name)))
-            return await self.loop.register(name, name)
+            try:
+                await self.aside(partial(self.write, state, folder, engine.store.by_name.get(name)))
+                return await self.loop.register(name, name)
+            except BaseException:
+                if not grows:  # so that the name is free to be tried again
+                    await self.aside(partial(shutil.rmtree, folder, ignore_errors=True))
+                raise
 
     def look(self, reading: Any) -> State | None:
         """Read the next window; None after the last."""
