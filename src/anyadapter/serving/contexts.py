@@ -28,7 +28,6 @@ from anyadapter.serving.store import Registered
 
 GENERATOR = "generator"  # the name it is attached under
 STATE = "context.safetensors"  # in the adapter's folder
-MODES = ("sequential", "parallel")
 
 
 def attach_generator(model: nn.Module, folder: str | Path) -> Generative:
@@ -67,8 +66,8 @@ class Contexts:
             grows: extend what the adapter of that name has read; requests in hand keep what they began with.
 
         Raises:
-            ConfigError: the window is longer than the model can read.
-            AnyAdapterError: the folder cannot be read or written; what was served before is served still.
+            AnyAdapterError: what was read before is damaged, or the folder cannot be read or written; what was served before
+                is served still.
         """
         engine, adapter = self.loop.check(), self.generator()
         assert adapter is not None
@@ -77,10 +76,7 @@ class Contexts:
         async with self.lock:
             state = await self.aside(partial(load_state, folder / STATE, engine.model, GENERATOR)) if grows else None
             reading = adapter.reading(engine.model, ids, mode=mode, window=window, state=state)
-            while True:
-                found = await self.loop.call(partial(self.look, reading))
-                if found is None:
-                    break
+            while (found := await self.loop.call(partial(self.look, reading))) is not None:
                 state = found
             assert state is not None
             try:
