@@ -31,7 +31,7 @@ from anyadapter.methods.language.bottleneck import BottleneckConfig
 from anyadapter.methods.language.lora import LoRAConfig
 from anyadapter.methods.language.prefix import PrefixConfig
 from anyadapter.training.base import load_base
-from anyadapter.training.data import read_rows
+from anyadapter.training.causal_lm import read_rows
 from anyadapter.training.evaluate import evaluate, read_records
 from anyadapter.training.run import train
 
@@ -98,7 +98,7 @@ def run(
     Args:
         base: folder or Hub id of the base, or ``"smollm2"``.
         data: rows with ``prompt`` and ``completion``, or ``instruction`` and ``output`` (see
-            :mod:`anyadapter.training.data`); the last fifth is held out.
+            :mod:`anyadapter.training.causal_lm`); the last fifth is held out.
         out: where everything goes.
         steps: per adapter; by default the tuned budget.
         seed: of the data, the initialisation and the order of training.

@@ -17,7 +17,7 @@ from torch import nn
 import anyadapter as aa
 from anyadapter.methods.language.generative import Generative, GenerativeConfig
 from anyadapter.training import report
-from anyadapter.training.data import IGNORED, read_rows
+from anyadapter.training.causal_lm import IGNORED, read_rows
 from anyadapter.training.generative import (
     ContextCollator,
     answering,

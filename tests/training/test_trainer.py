@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 import anyadapter as aa
 from anyadapter.core.host import Host
 from anyadapter.formats.native import restore
-from anyadapter.training.data import Collator
+from anyadapter.training.causal_lm import Collator
 from anyadapter.training.trainer import AdapterTrainer, last_checkpoint
 
 

@@ -73,8 +73,10 @@ class Branch(nn.Module):
     Attributes:
         scale: how strongly it acts; 1 as trained, 0 as absent.
         rows: (batch,), by what more to multiply the scale in each row of the running call, or None.
+        replaces: whether it runs in the module's place, so that it does not matter what the module's own tensors hold.
     """
 
+    replaces: ClassVar[bool] = False
     scale: float = 1.0
     rows: Tensor | None = None
 
@@ -109,6 +111,7 @@ class Adapter(nn.Module):
 
     Class attributes of a method:
         Config: its configuration class.
+        task: what a training run teaches it unless its settings say otherwise, a name in :mod:`anyadapter.training.tasks`.
         reads: the signals it needs.
         capabilities: what it supports besides attaching, training and saving: ``"scale"``, ``"merge"``, and the verbs of
             :mod:`anyadapter.compose`: ``"weighted_sum"``, ``"average"``, ``"slice_merge"``, ``"route"``.
@@ -118,6 +121,7 @@ class Adapter(nn.Module):
     """
 
     Config: ClassVar[type[AdapterConfig]]
+    task: ClassVar[str] = "causal_lm"
     reads: ClassVar[tuple[str, ...]] = ()
     capabilities: ClassVar[frozenset[str]] = frozenset()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}

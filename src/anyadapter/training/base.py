@@ -30,8 +30,10 @@ def load_base(
     revision: str | None = None,
     token: str | None = None,
     device: str | torch.device | None = None,
+    auto: Any = AutoModelForCausalLM,
+    **more: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, as ``from_pretrained`` gives them, in evaluation mode.
+    """A language model and its tokenizer, as ``from_pretrained`` gives them, in evaluation mode.
 
     Code that comes with a model is never run; build such a model yourself and pass it on instead.
 
@@ -43,6 +45,8 @@ def load_base(
         attn: an attention implementation of transformers, such as ``"sdpa"``.
         revision, token: of a Hub repository.
         device: where to put the model; by default it stays on the CPU.
+        auto: the Auto class of transformers that makes the model: with which head.
+        more: settings of the model's configuration, such as ``num_labels``.
 
     Raises:
         ConfigError: there is no such base, or the setting is not known.
@@ -54,16 +58,16 @@ def load_base(
     common: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": False}
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
-    settings: dict[str, Any] = {"dtype": dtype_of(dtype), **_unpacked(gguf_file)}
+    settings: dict[str, Any] = {"dtype": dtype_of(dtype), **_unpacked(gguf_file), **more}
     if attn is not None:
         settings["attn_implementation"] = attn
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
-        model = AutoModelForCausalLM.from_pretrained(where, **common, **settings)
+        model = auto.from_pretrained(where, **common, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"The base {named!r} cannot be loaded: {error}\nExpected the folder of a causal language model, a repository on "
-            f"the Hugging Face Hub, or {SMOLLM2!r}."
+            f"The base {named!r} cannot be loaded by {auto.__name__}: {error}\nExpected the folder of such a model, a "
+            f"repository on the Hugging Face Hub, or {SMOLLM2!r}."
         ) from error
     model.config._name_or_path = named  # what an adapter saved from it will say it belongs to
     if tokenizer.pad_token is None:

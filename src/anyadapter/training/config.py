@@ -12,11 +12,11 @@ import yaml
 from transformers import SchedulerType
 
 from anyadapter.core.adapter import AdapterConfig, Settings, Targets
-from anyadapter.core.catalogue import config_from_dict
+from anyadapter.core.catalogue import config_from_dict, method_of
 from anyadapter.core.errors import ConfigError, near
 from anyadapter.parts.quantised import check_bits
 from anyadapter.training.base import SMOLLM2, dtype_of
-from anyadapter.training.data import check_template
+from anyadapter.training.tasks import DataSettings, task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,38 +40,6 @@ class BaseSettings(Settings):
     def __post_init__(self) -> None:
         self.require("name", isinstance(self.name, str) and bool(self.name), "a folder or a repository")
         dtype_of(self.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
-    """What to learn from; see :mod:`anyadapter.training.data` for the form of a file.
-
-    Attributes:
-        train: a .jsonl or .json file.
-        eval: another, for the evaluation loss.
-        eval_rows: without one, how many rows of ``train`` are held out at random.
-        template: how a prompt is written: ``auto``, ``alpaca``, ``llm-adapters``, ``chat`` or ``plain``.
-        fields: our name -> the column's, such as ``{instruction: question}``.
-        max_length: tokens of a row, at most.
-        train_on_inputs: learn the prompt's tokens as well.
-        padding: the side, ``right`` or ``left``.
-    """
-
-    train: str
-    eval: str | None = None
-    eval_rows: int = 0
-    template: str = "auto"
-    fields: dict[str, str] = field(default_factory=dict)
-    max_length: int = 512
-    train_on_inputs: bool = False
-    padding: str = "right"
-
-    def __post_init__(self) -> None:
-        check_template(self.template)
-        self.require("eval_rows", self.eval_rows >= 0, "0 or a number of rows")
-        self.require("eval_rows", not (self.eval and self.eval_rows), "0 where an eval file is given")
-        self.require("max_length", self.max_length >= 2, "at least 2")
-        self.require("padding", self.padding in ("left", "right"), "'left' or 'right'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +204,12 @@ def read_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig
     base = values.get("base") or {}
     training = section(values, "training")
     stages = training.pop("stages", None) or ()
+    adapter, data = config_from_dict(section(values, "adapter")), section(values, "data")
+    data["task"] = data.get("task") or method_of(adapter).task
     return RunConfig(
         base=BaseSettings.from_dict({"name": base} if isinstance(base, str) else section(values, "base")),
-        adapter=config_from_dict(section(values, "adapter")),
-        data=DataSettings.from_dict(section(values, "data")),
+        adapter=adapter,
+        data=task(data["task"]).Settings.from_dict(data),
         training=TrainingSettings.from_dict({**training, "stages": [Stage.from_dict(stage) for stage in stages]}),
         quantize=QuantizeSettings.from_dict(section(values, "quantize")) if "quantize" in values else None,
         output=str(values["output"]),

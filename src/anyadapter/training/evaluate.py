@@ -15,13 +15,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from anyadapter.core.attach import disabled
 from anyadapter.core.errors import ConfigError, DataError, near
 from anyadapter.core.host import Host, device_of
-from anyadapter.training.data import ROLES, check_template, prompt_of, read_objects
+from anyadapter.training.causal_lm import ROLES, check_template, prompt_of
 from anyadapter.training.llm_adapters_protocol import (
     DATASETS,
     LLMAdaptersProtocol,
     extract_letter,
     extract_number,
 )
+from anyadapter.training.rows import read_objects
 
 OFFICIAL_BEAMS = 4  # of LLM-Adapters' evaluation, a deterministic beam search
 

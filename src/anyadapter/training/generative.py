@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from anyadapter.core.adapter import Adapter
 from anyadapter.core.errors import ConfigError, DataError
 from anyadapter.methods.language.generative import GenerativeConfig
 from anyadapter.parts.context import windows
-from anyadapter.training import data
-from anyadapter.training.data import IGNORED, Row
+from anyadapter.training import causal_lm
+from anyadapter.training.causal_lm import IGNORED, CausalLM, kind_of
+from anyadapter.training.rows import Row
 
 TASKS = ("completion", "reconstruction")
 
@@ -121,16 +123,29 @@ def collate(blocks: Sequence[Block], pad_token_id: int, multiple: int = 8) -> di
 # ---------------------------------------------------------------------- in a run of `anyadapter train`
 
 
+class Contexts(CausalLM):
+    """Rows of either stage: texts, or answers that follow from a context."""
+
+    def encode(self, rows: list[Row], processor: Any, adapter: Adapter) -> list[dict[str, Any]]:
+        data: Any = self.config.data
+        settings = {"template": data.template, "max_length": data.max_length, "train_on_inputs": data.train_on_inputs}
+        return tokenise_contexts(rows, processor, **settings)
+
+    def collator(self, processor: Any) -> ContextCollator:
+        config: Any = self.config.adapter
+        return ContextCollator(int(processor.pad_token_id or 0), config)
+
+
 def tokenise_contexts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> list[dict[str, Any]]:
-    """As :func:`anyadapter.training.data.tokenise`, with ``"context"``: a list of tokens, or None for a text of stage 1.
+    """As :func:`anyadapter.training.causal_lm.tokenise`, with ``"context"``: a list of tokens, or None for a text of stage 1.
 
     Raises:
         DataError: a row with a prompt has no context, or an empty one.
     """
     rows = list(rows)
-    encoded = data.tokenise(rows, tokenizer, **{**settings, "carry": ()})
+    encoded = causal_lm.tokenise(rows, tokenizer, **settings)
     for row, one in zip(rows, encoded):
-        if row.kind == "text":
+        if kind_of(row) == "text":
             one["context"] = None
             continue
         context = row.values.get("context")

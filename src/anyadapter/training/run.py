@@ -7,7 +7,6 @@ ends with the same numbers as a run that nobody disturbed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -21,22 +20,19 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from anyadapter.core.adapter import Adapter
 from anyadapter.core.attach import attach, detach
-from anyadapter.core.catalogue import method_of
 from anyadapter.core.errors import ConfigError
 from anyadapter.formats.files import CONFIG as ADAPTER_CONFIG
 from anyadapter.formats.native import restore
-from anyadapter.methods.language.generative import GenerativeConfig
 from anyadapter.quantize import quantize
-from anyadapter.training.base import load_base
 from anyadapter.training.config import RunConfig, TrainingSettings, read_config
-from anyadapter.training.data import Collator, Row, read_rows, split, tokenise
-from anyadapter.training.generative import ContextCollator, tokenise_contexts
 from anyadapter.training.report import LogFile, ProgressBar, plot, read_log, write_text
+from anyadapter.training.rows import Row, split
+from anyadapter.training.tasks import Task, task
 from anyadapter.training.trainer import AdapterTrainer, last_checkpoint
 
 CONFIG, VERSIONS, LOG, METRICS, PLOT = "config.yaml", "versions.json", "log.jsonl", "metrics.json", "loss.png"
@@ -75,7 +71,7 @@ def train(
     *,
     overwrite: bool = False,
     model: torch.nn.Module | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     prepare: Callable[[Adapter], None] | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -86,8 +82,8 @@ def train(
     Args:
         config: a YAML file, or its contents; see :class:`anyadapter.training.config.RunConfig`.
         overwrite: throw away what an earlier run left in the output folder.
-        model, tokenizer: a base that is loaded already, instead of ``config.base``; the trained adapter stays attached to
-            it as ``"default"``.
+        model, tokenizer: a base that is loaded already (with its image processor, where it reads images), instead of
+            ``config.base``; the trained adapter stays attached to it as ``"default"``.
         prepare: called with the fresh adapter, attached, before training: another start than its random one.
         progress: show a progress bar.
 
@@ -98,18 +94,16 @@ def train(
     config = read_config(config)
     if (model is None) != (tokenizer is None):
         raise ConfigError("Pass model and tokenizer both, or neither.")
-    rows = read_data(config)
+    teaching = task(config.data.task)(config)
+    rows = read_data(teaching)
     folder = Path(config.output)
     arguments = training_arguments(config.training, folder / CHECKPOINTS, evaluates=bool(rows[1]))
     with arguments.main_process_first(local=False):
-        finished = open_folder(folder, config, overwrite, writes=arguments.process_index == 0)
+        finished = open_folder(folder, teaching, overwrite, writes=arguments.process_index == 0)
     if finished is not None:
         return finished
     if model is None or tokenizer is None:
-        base = config.base
-        model, tokenizer = load_base(
-            base.name, gguf_file=base.gguf_file, dtype=base.dtype, attn=base.attn, revision=base.revision
-        )
+        model, tokenizer = teaching.load()
     set_seed(config.training.seed)
     adapter = attach(model, config.adapter, NAME)
     try:
@@ -117,19 +111,18 @@ def train(
             prepare(adapter)
         if config.quantize is not None:
             quantize(adapter, config.quantize.bits, config.quantize.matrices)
-        sets = tokenised(rows, config, tokenizer, adapter)
-        resumed = run_stages(model, adapter, config, sets, int(tokenizer.pad_token_id or 0), progress)
+        sets = teaching.encode(rows[0], tokenizer, adapter), teaching.encode(rows[1], tokenizer, adapter)
+        resumed = run_stages(model, adapter, teaching, sets, tokenizer, progress)
     except BaseException:
         detach(model, NAME)
         raise
-    model.eval()
     return RunResult(folder, json.loads((folder / METRICS).read_text()), resumed_from=resumed)
 
 
 # ---------------------------------------------------------------------- the folder
 
 
-def open_folder(folder: Path, config: RunConfig, overwrite: bool, writes: bool) -> RunResult | None:
+def open_folder(folder: Path, teaching: Task, overwrite: bool, writes: bool) -> RunResult | None:
     """Make the run's folder, or check that what is there may be gone on with; a finished run is returned.
 
     Raises:
@@ -140,7 +133,7 @@ def open_folder(folder: Path, config: RunConfig, overwrite: bool, writes: bool) 
         for name in OWN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    wanted, data = config.to_dict(), digests(config)
+    wanted, data = teaching.config.to_dict(), digests(teaching)
     if (folder / CONFIG).is_file():
         found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         if {**found, "output": None} != {**wanted, "output": None}:  # the folder may have been moved
@@ -180,10 +173,10 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     return ", ".join(part for part in parts if part)
 
 
-def digests(config: RunConfig) -> dict[str, str]:
+def digests(teaching: Task) -> dict[str, str]:
     """A hash of every data file, which a run that goes on must find unchanged."""
-    files = [config.data.train, *([config.data.eval] if config.data.eval else [])]
-    return {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+    data = teaching.config.data
+    return {str(file): teaching.digest(file) for file in (data.train, data.eval) if file}
 
 
 def versions() -> dict[str, Any]:
@@ -203,29 +196,13 @@ def versions() -> dict[str, Any]:
 # ---------------------------------------------------------------------- data
 
 
-def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
+def read_data(teaching: Task) -> tuple[list[Row], list[Row]]:
     """(training rows, evaluation rows), read and checked."""
-    data, signals = config.data, method_of(config.adapter).reads
-    rows = read_rows(data.train, data.fields, signals)
+    data = teaching.config.data
+    rows = teaching.read(data.train)
     if data.eval_rows:
-        return split(rows, data.eval_rows, config.training.seed)
-    return rows, read_rows(data.eval, data.fields, signals) if data.eval else []
-
-
-def tokenised(
-    rows: tuple[list[Row], list[Row]], config: RunConfig, tokenizer: PreTrainedTokenizerBase, adapter: Adapter
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Both sets as tokens, with the signals the adapter reads."""
-    data = config.data
-    settings: dict[str, Any] = {
-        "template": data.template,
-        "max_length": data.max_length,
-        "train_on_inputs": data.train_on_inputs,
-        "carry": adapter.reads,
-        "signal": adapter.row_signal,
-    }
-    encode = tokenise_contexts if isinstance(config.adapter, GenerativeConfig) else tokenise
-    return encode(rows[0], tokenizer, **settings), encode(rows[1], tokenizer, **settings)
+        return split(rows, data.eval_rows, teaching.config.training.seed)
+    return rows, teaching.read(data.eval) if data.eval else []
 
 
 # ---------------------------------------------------------------------- training
@@ -286,12 +263,13 @@ def gradient_checkpointing() -> dict[str, Any]:
 def run_stages(
     model: torch.nn.Module,
     adapter: Adapter,
-    config: RunConfig,
+    teaching: Task,
     sets: tuple[list[dict[str, Any]], list[dict[str, Any]]],
-    pad: int,
+    processor: Any,
     progress: bool,
 ) -> int | None:
     """Train every stage that is not done, and write the results. Returns the step that training went on from."""
+    config = teaching.config
     folder, training = Path(config.output), config.training
     count, resumed = len(training.stages) or 1, None
     done: dict[str, Any] = {}
@@ -301,7 +279,7 @@ def run_stages(
         if index + 1 < count and (place / ADAPTER / ADAPTER_CONFIG).is_file():
             restore(adapter, place / ADAPTER)
             continue
-        trainer = make_trainer(model, config, index, sets, pad, bar)
+        trainer = make_trainer(model, teaching, index, sets, processor, bar)
         checkpoint = last_checkpoint(place)
         if checkpoint is not None:
             resumed = int(checkpoint.name.rpartition("-")[2])
@@ -317,10 +295,13 @@ def run_stages(
         trainer.accelerator.wait_for_everyone()
         done = {"best_step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
     adapter.train_only()
+    model.eval()
     if trainer.is_world_process_zero():
         log = read_log(folder / LOG)
         plot(log, folder / PLOT, title=f"{config.adapter.method} on {config.base.name}")
         metrics = summary(log, model, adapter, done if trainer.args.load_best_model_at_end else {})
+        metrics |= teaching.measure(model, sets[1], processor) if sets[1] else {}
+        teaching.finish(folder / ADAPTER)
         write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")  # last: it marks the run as finished
     trainer.accelerator.wait_for_everyone()
     return resumed
@@ -328,16 +309,16 @@ def run_stages(
 
 def make_trainer(
     model: torch.nn.Module,
-    config: RunConfig,
+    teaching: Task,
     index: int,
     sets: tuple[list[dict[str, Any]], list[dict[str, Any]]],
-    pad: int,
+    processor: Any,
     bar: ProgressBar | None,
 ) -> AdapterTrainer:
     """The trainer of one stage."""
-    training = config.training
+    training = teaching.config.training
     settings = training.stage(index)
-    folder = Path(config.output)
+    folder = Path(teaching.config.output)
     args = training_arguments(settings, folder / CHECKPOINTS / f"stage-{index + 1}", evaluates=bool(sets[1]))
     callbacks: list[Any] = [LogFile(folder / LOG, index + 1)]
     if bar:
@@ -353,19 +334,13 @@ def make_trainer(
         weight_decays=training.weight_decays,
         train_dataset=sets[0],
         eval_dataset=sets[1] or None,
-        data_collator=collator(config, pad),
+        data_collator=teaching.collator(processor),
+        objective=teaching.objective,
         callbacks=callbacks,
     )
     for printing in (PrinterCallback, ProgressCallback):  # standard output is for results
         trainer.remove_callback(printing)
     return trainer
-
-
-def collator(config: RunConfig, pad: int) -> Any:
-    """What makes batches of rows: of contexts and what follows from them where the adapter reads contexts."""
-    if isinstance(config.adapter, GenerativeConfig):
-        return ContextCollator(pad, config.adapter)
-    return Collator(pad, config.data.padding)
 
 
 def summary(

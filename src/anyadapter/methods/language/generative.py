@@ -99,6 +99,7 @@ class Generative(Adapter):
     """
 
     Config = GenerativeConfig
+    task: ClassVar[str] = "contexts"
     reads: ClassVar[tuple[str, ...]] = ("state", "sees", "context_mask")
     capabilities = frozenset({"scale"})
     config: GenerativeConfig

@@ -1,6 +1,6 @@
-"""A user's own data, from a file to batches. Everything that could be wrong with it is said before training starts.
+"""Causal language modelling on a user's own rows: prompts, tokens, batches.
 
-A file is ``.jsonl`` (one JSON object a line) or ``.json`` (a list of objects). A row is one of
+A row is one of
 
 - ``{"instruction": ..., "input": ..., "output": ...}``, ``input`` optional: the model learns to answer;
 - ``{"prompt": ..., "completion": ...}``: the same, joined as they are unless a template is chosen;
@@ -11,23 +11,27 @@ Other names are mapped by ``fields``; other entries of a row are ignored, but fo
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from anyadapter.core.adapter import Adapter
+from anyadapter.core.catalogue import method_of
 from anyadapter.core.errors import ConfigError, DataError, SignalError, near
+from anyadapter.training.base import load_base
 from anyadapter.training.llm_adapters_protocol import train_prompt
+from anyadapter.training.rows import Row, read_checked, renamed
+from anyadapter.training.tasks import DataSettings, Task
 
 KINDS = (("instruction", "output"), ("prompt", "completion"), ("text",))
 ROLES = ("instruction", "input", "output", "prompt", "completion", "text", "answer", "context")
-SHOWN = 5  # bad rows named in one message
 IGNORED = -100  # the label of a token that is not learnt
 EXPECTED = (
     'a row is {"instruction", "output"} with an optional "input", {"prompt", "completion"}, or {"text"}; name other columns by '
@@ -35,20 +39,58 @@ EXPECTED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row: where it stands in its file, and its fields under our names."""
+@dataclass(frozen=True, kw_only=True)
+class CausalLMSettings(DataSettings):
+    """What to learn from, as text that goes on.
 
-    where: str
-    values: Mapping[str, Any]
+    Attributes:
+        template: how a prompt is written: ``auto``, ``alpaca``, ``llm-adapters``, ``chat`` or ``plain``.
+        train_on_inputs: learn the prompt's tokens as well.
+        padding: the side, ``right`` or ``left``.
+    """
 
-    @property
-    def kind(self) -> str:
-        """``"instruction"``, ``"prompt"`` or ``"text"``."""
-        return next(kind[0] for kind in KINDS if all(name in self.values for name in kind))
+    template: str = "auto"
+    train_on_inputs: bool = False
+    padding: str = "right"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.template)
+        self.require("padding", self.padding in ("left", "right"), "'left' or 'right'")
 
 
-# ---------------------------------------------------------------------- reading
+class CausalLM(Task):
+    """The next token of texts and answers; the loss is the model's own."""
+
+    Settings: ClassVar[type[DataSettings]] = CausalLMSettings
+
+    def read(self, path: str | Path) -> list[Row]:
+        return read_rows(path, self.config.data.fields, method_of(self.config.adapter).reads)
+
+    def load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        base = self.config.base
+        return load_base(base.name, gguf_file=base.gguf_file, dtype=base.dtype, attn=base.attn, revision=base.revision)
+
+    def encode(self, rows: list[Row], processor: Any, adapter: Adapter) -> list[dict[str, Any]]:
+        data: Any = self.config.data
+        return tokenise(
+            rows,
+            processor,
+            template=data.template,
+            max_length=data.max_length,
+            train_on_inputs=data.train_on_inputs,
+            carry=adapter.reads,
+            signal=adapter.row_signal,
+        )
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+        data: Any = self.config.data
+        return Collator(int(processor.pad_token_id or 0), data.padding)
+
+
+def kind_of(row: Row) -> str:
+    """``"instruction"``, ``"prompt"`` or ``"text"``."""
+    return next(each[0] for each in KINDS if all(name in row.values for name in each))
 
 
 def read_rows(path: str | Path, fields: Mapping[str, str] | None = None, signals: Iterable[str] = ()) -> list[Row]:
@@ -67,84 +109,12 @@ def read_rows(path: str | Path, fields: Mapping[str, str] | None = None, signals
     for name in fields or {}:
         if name not in known:
             raise ConfigError(f"data.fields has no {name!r}. {near(name, known)}")
-    rows, problems = [], []
-    for where, value in read_objects(Path(path)):
-        try:
-            rows.append(check(where, value, fields or {}))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        more = f"\n… and {len(problems) - SHOWN} more rows of {path}" if len(problems) > SHOWN else ""
-        raise DataError("\n".join(problems[:SHOWN]) + more)
-    if not rows:
-        raise DataError(f"{path} holds no rows; expected at least one: {EXPECTED}.")
-    return rows
-
-
-def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
-    """(``file:line``, value) of every JSON value in a file."""
-    if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"{path}: expected a .jsonl file (one JSON object a line) or a .json file (a list of objects).")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8.") from None
-    yield from _lines(path, text) if path.suffix == ".jsonl" else _items(path, text)
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); expected one JSON object a line.") from None
-
-
-def _items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The items of a list, one by one, so that each is known by its line."""
-    decoder, space = json.JSONDecoder(), " \t\r\n"
-    position, line, counted = len(text) - len(text.lstrip()), 1, 0
-    if text[position : position + 1] != "[":
-        raise DataError(f"{path}:1: expected a JSON list of objects; for one object a line, name the file .jsonl.")
-    closing = True  # an empty list may close at once
-    while True:
-        position += 1
-        while text[position : position + 1] in space and position < len(text):
-            position += 1
-        line, counted = line + text.count("\n", counted, position), position
-        if closing and text[position : position + 1] == "]":
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
-            at = getattr(error, "lineno", line)
-            raise DataError(f"{path}:{at}: not JSON ({error}); the item starts at line {line}.") from None
-        yield f"{path}:{line}", value
-        while text[position : position + 1] in space and position < len(text):
-            position += 1
-        if text[position : position + 1] == "]":
-            return
-        if text[position : position + 1] != ",":
-            raise DataError(f"{path}:{line}: this item is not followed by ',' or ']'; the file may be cut short.")
-        closing = False
+    return read_checked(path, partial(check, fields=fields or {}), EXPECTED)
 
 
 def check(where: str, value: Any, fields: Mapping[str, str]) -> Row:
     """A row under our names. Raises :class:`DataError` when it is none or has nothing to learn."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON {type(value).__name__}, not an object; {EXPECTED}.")
-    for name, column in fields.items():
-        if column not in value and name not in ("input", "answer"):
-            raise DataError(
-                f"{where}: no column {column!r}, which fields maps to {name!r}. {near(column, map(str, value))}"
-            )
-    named = {**value, **{name: value[column] for name, column in fields.items() if column in value}}
+    named = renamed(where, value, fields, EXPECTED, optional=("input", "answer"))
     kind = next((kind for kind in KINDS if all(name in named for name in kind)), None)
     if kind is None:
         raise DataError(f"{where}: has the columns {', '.join(map(repr, value)) or 'none'}; {EXPECTED}.")
@@ -154,15 +124,6 @@ def check(where: str, value: Any, fields: Mapping[str, str]) -> Row:
     if not named[kind[-1]].strip():
         raise DataError(f"{where}: {kind[-1]!r} is empty, so there is nothing to learn; remove the row or fill it.")
     return Row(where, named)
-
-
-def split(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, ``held_out`` evaluation rows), drawn at random, both in the order of the file."""
-    if not 0 < held_out < len(rows):
-        raise DataError(f"{held_out} of {len(rows)} rows cannot be held out; expected 1 to {len(rows) - 1}.")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:held_out])
-    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
 # ---------------------------------------------------------------------- prompts
@@ -255,8 +216,8 @@ def _encode(
     row: Row, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, train_on_inputs: bool
 ) -> dict[str, list[int]]:
     prompt = prompt_of(row.values, template, tokenizer)
-    answer = row.values[next(kind[-1] for kind in KINDS if kind[0] == row.kind)]
-    special = template != "chat" or row.kind == "text"  # a chat template writes its own special tokens
+    answer = row.values[next(each[-1] for each in KINDS if each[0] == kind_of(row))]
+    special = template != "chat" or kind_of(row) == "text"  # a chat template writes its own special tokens
     whole = tokenizer(prompt + answer, add_special_tokens=special)["input_ids"]
     ids = whole[:max_length]
     if len(ids) < max_length and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import anyadapter as aa
-from anyadapter.training.data import Collator, Row, alpaca, prompt_of, read_rows, split, tokenise
+from anyadapter.training.causal_lm import Collator, alpaca, kind_of, prompt_of, read_rows, tokenise
+from anyadapter.training.rows import Row, split
 
 GOOD = {"instruction": "Add 2 and 3.", "output": "5"}
 
@@ -86,7 +87,7 @@ def test_both_forms_of_a_file_hold_the_same_rows(tmp_path):
     lines = written(tmp_path, "\ufeff" + "\n".join(json.dumps(item, ensure_ascii=False) for item in items))
     listed = written(tmp_path, json.dumps(items, indent=2), "data.json")
     assert [row.values for row in read_rows(lines)] == [row.values for row in read_rows(listed)] == items
-    assert [row.kind for row in read_rows(lines)] == ["instruction", "prompt", "text"]
+    assert [kind_of(row) for row in read_rows(lines)] == ["instruction", "prompt", "text"]
     assert read_rows(listed)[1].where == f"{listed}:6"
 
 
