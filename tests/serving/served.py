@@ -31,6 +31,8 @@ def save_adapter(
         with torch.no_grad():
             if tensor_name.endswith("ia3_l"):
                 tensor.copy_(1 + 0.3 * strength * noise)
+            elif tensor_name.endswith(".gate") or "adapter_query" in tensor_name:  # of a gated prefix
+                tensor.copy_(noise * strength)
             elif tensor.dim() > 1:
                 tensor.copy_(noise * (0.2 * strength / tensor.shape[1] ** 0.5 if is_last(tensor_name) else 0.05))
             else:

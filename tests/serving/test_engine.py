@@ -152,12 +152,14 @@ KINDS = {
     "after-layer": aa.BottleneckConfig(placement="after", targets="layer", width=8, bias=True),
     "prefix": aa.PrefixConfig(tokens=7, init=0.3),
     "unshifted": aa.PrefixConfig(tokens=3, init=0.3, shift=False),
+    "gated": aa.LlamaAdapterConfig(length=5),
+    "gated-layers": aa.LlamaAdapterConfig(length=2, last_layers=4, gate="layer", activation="identity"),
     "lora": aa.LoRAConfig(rank=4, targets="all-linear"),
 }
 
 
 def test_other_kinds_share_the_batch(smollm: nn.Module, smollm_tokenizer: Any, tmp_path: Path) -> None:
-    """(IA)³, bottlenecks, prefixes and a LoRA in one batch: each as if attached alone."""
+    """(IA)³, bottlenecks, prefixes, gated prefixes and a LoRA in one batch: each as if attached alone."""
     for seed, (name, config) in enumerate(KINDS.items()):
         save_adapter(smollm, tmp_path, name, config, seed, strength=2.0)
     engine = Engine(smollm, settings=EngineSettings(cells=8000, adapters=str(tmp_path)))

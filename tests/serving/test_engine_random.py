@@ -24,6 +24,7 @@ OTHERS = {
     "ia3": aa.IA3Config(),
     "bottleneck": aa.BottleneckConfig(placement="parallel_block", width=5, bias=True, activation="gelu"),
     "prefix": aa.PrefixConfig(tokens=3, init=0.5),
+    "gated": aa.LlamaAdapterConfig(length=3, last_layers=1),
 }
 
 

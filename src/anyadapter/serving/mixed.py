@@ -62,12 +62,23 @@ class Factors:
     width: int
 
 
+@dataclass(frozen=True)
+class Gated:
+    """Gated prefixes at one attention: token ``tokens[i]`` sees the prompts of ``sequences[i]`` through ``gates[i]``."""
+
+    tokens: Tensor  # (n,) int64
+    sequences: Sequences  # one for each of these tokens
+    gates: Tensor  # (n, chunks) int64, cells
+    strength: Tensor  # (n, 1)
+
+
 @dataclass
 class Work:
     """All that a site computes besides the module itself."""
 
     products: list[Products]
     factors: list[Factors]
+    gated: list[Gated] = field(default_factory=list)
 
     @cached_property
     def plain(self) -> Products | None:
@@ -111,7 +122,7 @@ class Mixed(Adapter):
         self.heads, self.dim = heads.pop()
         self.layers = len(sites)
         for layer, site in enumerate(sites):
-            self.at(site, partial(self.attention, layer))
+            self.at(site, partial(self.attention, site.path, layer))
 
     def connect(self, pool: Pool, kernels: Kernels) -> None:
         """Give it the pool and the products."""
@@ -125,8 +136,8 @@ class Mixed(Adapter):
 
     def cover(self, packing: Packing) -> None:
         """Wrap the sites of an adapter that no adapter before had; the rest of the model is not touched."""
-        for path in packing.parts:
-            if path not in self.covered:
+        for path, part in packing.parts.items():
+            if path not in self.covered and part.kind != "gated":
                 placement = Placement(path, "call", partial(self.site, path, packing.layer_of[path]))
                 self.placements.append(placement)
                 self.host.place(self, placement)
@@ -156,6 +167,7 @@ class Mixed(Adapter):
 
     def attention(
         self,
+        path: str,
         layer: int,
         call: Callable[..., Tensor],
         q: Tensor,
@@ -173,16 +185,22 @@ class Mixed(Adapter):
         keys, values = self.caches[layer]
         keys.index_copy_(0, self.now.slots, k[0].transpose(0, 1).to(keys.dtype))
         values.index_copy_(0, self.now.slots, v[0].transpose(0, 1).to(values.dtype))
-        scale = options.get("scaling")
+        scale = self.dim**-0.5 if options.get("scaling") is None else options["scaling"]
+        queries = q[0].transpose(0, 1)
         heads = self.kernels.attend(
-            q[0].transpose(0, 1),
+            queries,
             keys,
             values,
             self.now.sequences,
-            scale=self.dim**-0.5 if scale is None else scale,
+            scale=scale,
             window=options.get("sliding_window"),
             softcap=options.get("softcap"),
         )
+        work = self.now.work.get(path)
+        for item in work.gated if work is not None else ():
+            gates = self.pool.half(layer, KEYS)[item.gates].flatten(1)[:, : heads.shape[1]] * item.strength
+            seen = self.kernels.attend(queries[item.tokens], keys, values, item.sequences, scale=scale)
+            heads.index_add_(0, item.tokens, (gates[..., None].to(seen) * seen).to(heads))
         return heads.transpose(0, 1)[None]
 
     def site(self, path: str, layer: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -282,6 +300,8 @@ def site_work(path: str, runs: Sequence[tuple[Uses, int]], device: torch.device,
             group.parts.append([p for p in parts if p[2].alike == alike])
         if kind in ("scale_input", "scale_output"):
             work.factors.append(factors(kind, group, device))
+        elif kind == "gated":
+            work.gated.append(gated(group, device))
         else:
             work.products.append(products(kind, activation, group, device, width))
     return work
@@ -350,6 +370,33 @@ def factors(kind: str, group: Group, device: torch.device) -> Factors:
         torch.from_numpy(np.stack(cells).astype(np.int64)).to(device),
         torch.tensor(strength, device=device),
         width,
+    )
+
+
+def gated(group: Group, device: torch.device) -> Gated:
+    tokens: list[int] = []
+    cells: list[np.ndarray] = []
+    gates: list[np.ndarray] = []
+    strength: list[list[float]] = []
+    start = 0
+    for parts, count in zip(group.parts, group.counts):
+        for resident, weight, part in parts:
+            tokens += range(start, start + count)
+            cells += [cells_of(resident, part.first)[:, 0]] * count
+            gate: Any = part.gate
+            gates += [cells_of(resident, gate)[0]] * count
+            strength += [[resident.scale * weight]] * count
+        start += count
+    lengths = [len(own) for own in cells]
+    one_each, starts, flat_cells = (
+        torch.from_numpy(np.asarray(a, dtype=np.int32)).to(device)
+        for a in (np.arange(len(tokens) + 1), bounds(lengths), np.concatenate(cells))
+    )
+    return Gated(
+        torch.tensor(tokens, device=device),
+        Sequences(one_each, starts, flat_cells, (max(lengths), 1)),
+        torch.from_numpy(np.stack(gates).astype(np.int64)).to(device),
+        torch.tensor(strength, device=device),
     )
 
 

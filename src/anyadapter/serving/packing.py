@@ -7,6 +7,7 @@ dot product (in the first half of the cells) or added up (in the second), so tha
     bottleneck      z(x) = s U act(D x), before, after or beside a module        rows of D, columns of U
     (IA)³           y = l ⊙ W x, or W (l ⊙ x)               one row l
     prefix          keys and values in front of a sequence  cells as a token's
+    gated prefix    heads += g · softmax(q p_kᵀ) p_v        likewise, and one row g (Zhang et al. 2023)
 
 Low-rank matrices and bottlenecks without biases that are quantised to one bit a number stay so: several rows share a cell.
 """
@@ -24,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter
+from anyadapter.core.attention import key_heads
 from anyadapter.core.errors import ArtefactError, TargetError
 from anyadapter.core.host import Host, features
 from anyadapter.core.site import Site
 from anyadapter.methods.language.ia3 import ScaledInput, ScaledOutput
+from anyadapter.methods.language.llama_adapter import GatedPrefix
 from anyadapter.methods.language.prefix import Prefix
 from anyadapter.parts.bottleneck import After, Before, DownUp, Parallel
 from anyadapter.parts.low_rank import LowRank
@@ -35,7 +38,8 @@ from anyadapter.parts.quantised import Packed
 from anyadapter.serving.pool import KEYS, VALUES
 
 LEVELS = 8  # bytes of the two levels of a matrix of bits
-Kind = Literal["low_rank", "before", "after", "parallel", "scale_input", "scale_output"]
+GATED = (".keys", ".values", ".opening")  # what is made of a gated prefix
+Kind = Literal["low_rank", "before", "after", "parallel", "scale_input", "scale_output", "gated"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,12 @@ class Part:
 
     Attributes:
         kind: see the module's table.
-        first: A, D, or l.
-        second: B or U by columns.
+        first: A, D, l, or p_k.
+        second: B or U by columns, or p_v.
         scaling: factor of the result, as trained.
         activation: name of the bottleneck's non-linearity.
         bias: of D, one row. U's is one more column of ``second``, and ``first`` has a row of zeros for it.
+        gate: g, one number for each head.
     """
 
     kind: Kind
@@ -95,6 +100,7 @@ class Part:
     scaling: float = 1.0
     activation: str = ""
     bias: Block | None = None
+    gate: Block | None = None
 
     @property
     def alike(self) -> tuple[Kind, str, bool]:
@@ -131,6 +137,7 @@ class Packing:
         parts: what happens at each site, by module path.
         layer_of: the layer of the pool in which each site's cells are read.
         sums: whether the adapter is a sum of products beside linears, so that several can be added with weights.
+        made: gives tensors that lie in the pool instead of some of the adapter's own, of which they are made.
     """
 
     layers: int
@@ -144,6 +151,7 @@ class Packing:
     layer_of: dict[str, int] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
     prompt: str = ""
+    made: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     @property
     def sums(self) -> bool:
@@ -158,6 +166,8 @@ class Packing:
         Raises:
             ArtefactError: a number is not finite, or not in the pool's dtype.
         """
+        if self.made is not None:
+            tensors = {**tensors, **self.made({name: dense(value) for name, value in tensors.items()})}
         packed = torch.zeros(self.layers, 2, self.cells, self.width, dtype=self.dtype)
         for fill in self.fills:
             if fill.block.room:
@@ -254,26 +264,34 @@ def plan(
         for placement in adapter.placements:
             branch, site = placement.branch, Site(placement.path, host.modules[placement.path])
             how = next((how for cls, how in KINDS if type(branch) is cls), None)
-            if how is None or placement.kind != "call":
+            if how is None:
                 raise TargetError(
                     f"The {type(adapter).__name__} at {placement.path} cannot share a batch with other adapters. Served are "
-                    "LoRA, (IA)³, prefixes, and bottlenecks before, after or beside a module; other linear adapters can be "
-                    "merged into a base of their own, a new head cannot be served."
+                    "LoRA, (IA)³, prefixes, gated prefixes, and bottlenecks before, after or beside a module; other linear "
+                    "adapters can be merged into a base of their own, a new head cannot be served."
                 )
             layer = site.layer or 0
-            packing.parts[site.path] = how(
-                branch, site.module, partial(block, layer), partial(add_fill, packing.fills, names, layer)
-            )
+            fill = partial(add_fill, packing.fills, names, layer)
+            packing.parts[site.path] = how(branch, site.module, partial(block, layer), fill)
             packing.layer_of[site.path] = layer
         packing.rank = max(part.first.rows for part in packing.parts.values())
+        if any(part.kind == "gated" for part in packing.parts.values()):
+            packing.made = partial(gated_tensors, adapter, host)
     packing.cells = max(taken.values())
     return packing
 
 
 def add_fill(
-    fills: list[Fill], names: dict[int, str], layer: int, tensor: Tensor, block: Block, times: Any = None, **how: Any
+    fills: list[Fill],
+    names: dict[int, str],
+    layer: int,
+    tensor: Tensor,
+    block: Block,
+    times: Any = None,
+    suffix: str = "",
+    **how: Any,
 ) -> None:
-    fills.append(Fill(names[id(tensor)], layer, block, times=names.get(id(times), ""), **how))
+    fills.append(Fill(names[id(tensor)] + suffix, layer, block, times=names.get(id(times), ""), **how))
 
 
 NewBlock = Callable[..., Block]  # of (half, rows, width, *matrices): of bits if all these matrices are
@@ -315,6 +333,41 @@ def plan_scale(
     return Part(kind, first)
 
 
+def plan_gated(branch: GatedPrefix, module: nn.Module, block: NewBlock, fill: Callable[..., None]) -> Part:
+    (heads, dim), (_, length, _) = key_heads(module), branch.prompts().shape
+    first, second = block(KEYS, length, heads * dim), block(VALUES, length, heads * dim)
+    gate = block(KEYS, 1, query_heads(module))
+    if first.start != second.start:
+        raise TargetError("A gated prefix cannot share an adapter with other parts at its layers.")
+    for suffix, where in zip(GATED, (first, second, gate)):
+        fill(branch.gate, where, suffix=suffix)
+    return Part("gated", first, second, gate=gate)
+
+
+def query_heads(attention: nn.Module) -> int:
+    return key_heads(attention)[0] * getattr(attention, "num_key_value_groups", 1)
+
+
+def gated_tensors(adapter: Adapter, host: Host, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """p_k, p_v and g of every gated prefix, by the name of its gate and :data:`GATED`: constant as long as the base is.
+
+    Args:
+        adapter: one like it, on any device.
+        tensors: its own.
+    """
+    mine = type(adapter)(adapter.config, host)
+    mine.load_tensors(tensors)
+    names, made = {id(tensor): name for name, tensor in mine.tensors().items()}, {}
+    with torch.no_grad():
+        for placement in mine.placements:
+            if isinstance(branch := placement.branch, GatedPrefix):
+                keys, values, gate = branch.constants()
+                heads = query_heads(host.modules[placement.path])
+                for suffix, value in zip(GATED, (keys, values, gate.expand(heads))):
+                    made[names[id(branch.gate)] + suffix] = value.cpu()
+    return made
+
+
 def plan_prefix(adapter: Prefix, packing: Packing, names: dict[int, str]) -> None:
     if adapter.config.projection is not None:
         raise TargetError("The prefix is still made by a network; call its fold() and save it again.")
@@ -334,4 +387,5 @@ KINDS: list[tuple[type, Callable[..., Part]]] = [
     (Parallel, partial(plan_bottleneck, "parallel")),
     (ScaledInput, partial(plan_scale, "scale_input")),
     (ScaledOutput, partial(plan_scale, "scale_output")),
+    (GatedPrefix, plan_gated),
 ]

@@ -137,6 +137,10 @@ class SplitStore(AdapterStore):
     def plan(self, adapter: Adapter, bits: dict[str, int]) -> Packing:
         """Quantised matrices are cut, and so lie in the pool as numbers."""
         whole = plan(adapter, self.host, self.layers, self.width * self.split.size, self.dtype)
+        if whole.made is not None:
+            raise TargetError(
+                "A gated prefix is served by one process only: its keys are made by the whole projections."
+            )
         return Division(whole, self.split).packing()
 
     def check_base(self, ours: dict[str, Any]) -> None:

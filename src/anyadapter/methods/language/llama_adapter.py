@@ -129,8 +129,30 @@ class GatedPrefix(Branch):
         p_k, p_v = split(key(prompts), q), split(value(prompts), q)
         if key_norm is not None:
             p_k = key_norm(p_k)
-        gate = self.strength(heads) * (self.gate.tanh() if self.activation == "tanh" else self.gate)
+        gate = self.strength(heads) * self.opening()
         return heads + gate.to(heads) * attend(q, p_k, p_v, scaling=options.get("scaling")).to(heads)
+
+    def opening(self) -> Tensor:
+        """act(g): (1, heads, 1, 1) or (1,)."""
+        return self.gate.tanh() if self.activation == "tanh" else self.gate
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """p_k and p_v, (K, key heads · head_dim), and act(g), (heads,) or (1,): what does not depend on the text.
+
+        They are those of the base alone, whatever else is attached to its projections.
+        """
+        key, value, key_norm = self.borrowed
+
+        def plain(module: nn.Module, x: Tensor) -> Tensor:
+            return type(module).forward(module, x)
+
+        weight = next(key.parameters())
+        prompts = self.prompts()[0].to(weight)
+        p_k, p_v = plain(key, prompts), plain(value, prompts)
+        if key_norm is not None:
+            (wide,) = next(key_norm.parameters()).shape
+            p_k = plain(key_norm, p_k.unflatten(-1, (-1, wide))).flatten(1)
+        return p_k, p_v, self.opening().flatten()
 
 
 def split(x: Tensor, q: Tensor) -> Tensor:
