@@ -268,10 +268,13 @@ def ratio(results: dict[Key, list[dict[str, Any]]], key: Key, other: Key) -> str
     return f"{statistics.median(found):.2f}" if found else "–"
 
 
-def bound(results: dict[Key, list[dict[str, Any]]], key: Key, bandwidth: float) -> tuple[float, float]:
-    """The least seconds of a step, and the share of it that is reached: the base's own step and the adapters' bytes once."""
+def bound(results: dict[Key, list[dict[str, Any]]], key: Key) -> tuple[float, float]:
+    """The least seconds of a step, and the share of it that is reached: the base's own step and the adapters' bytes once.
+
+    The bandwidth is that of the moment, for it varies as much as the steps do.
+    """
     pairs = [(a, b) for a, b in zip(results[key], results["ours", 0]) if "error" not in a and "error" not in b]
-    steps = [(b["token"] + a["bytes"] / bandwidth, a["token"]) for a, b in pairs if a["token"] and b["token"]]
+    steps = [(b["token"] + a["bytes"] / a["bandwidth"], a["token"]) for a, b in pairs if a["token"] and b["token"]]
     if not steps:
         return float("nan"), float("nan")
     return median(least for least, _ in steps), median(least / real for least, real in steps)
@@ -284,7 +287,7 @@ HEAD = [
 ]
 
 
-def table(results: dict[Key, list[dict[str, Any]]], bandwidth: float) -> list[str]:
+def table(results: dict[Key, list[dict[str, Any]]]) -> list[str]:
     lines = []
     for key, rounds in results.items():
         system, count = key
@@ -296,7 +299,7 @@ def table(results: dict[Key, list[dict[str, Any]]], bandwidth: float) -> list[st
         cells += [ratio(results, key, ("ours", count)), ratio(results, key, ("ours", 0))]
         first, token = median(median(r["first"]) for r in good), median(r["token"] for r in good)
         cells += [f"{first:.2f} s", f"{token * 1e3:.0f} ms"]
-        least, share = bound(results, key, bandwidth) if system == "ours" and count else (float("nan"),) * 2
+        least, share = bound(results, key) if system == "ours" and count else (float("nan"),) * 2
         cells += [f"{least * 1e3:.0f} ms", f"{share:.0%}"] if least == least else ["", ""]
         cells.append(f"{max(r['peak'] for r in good) / 1e9:.1f} GB")
         done = median(r["tokens"] / r["wanted"] for r in good)
@@ -305,17 +308,13 @@ def table(results: dict[Key, list[dict[str, Any]]], bandwidth: float) -> list[st
     return lines
 
 
-def base_rate(setup: Setup, running: list[Worker]) -> float:
-    """Bytes a second, measured beside the engine; vLLM's settings are noted on the way."""
-    rate = 0.0
+def note_settings(setup: Setup, running: list[Worker]) -> None:
+    """What vLLM runs with."""
     for worker in running:
         told = worker.ask(do="tell")
-        if worker.system == "ours" and "bandwidth" in told:
-            rate = max(rate, told["bandwidth"])
         if worker.system == "vllm" and "settings" in told:
             note = f"vLLM with {len(worker.names)} adapters: `{json.dumps({**told['settings'], **VLLM})}`"
             setup.notes += [note] if note not in setup.notes else []
-    return rate or float("nan")
 
 
 def saturated(setup: Setup) -> list[str]:
@@ -326,10 +325,11 @@ def saturated(setup: Setup) -> list[str]:
         wanted = [("ours", folder, []), ("ours", folder, names), ("static", folder, []), ("vllm", folder, [])]
         wanted += [(system, folder, names) for system in ("vllm", "peft-mixed", "peft-switch", "peft-merge")]
         with workers(setup, *wanted) as running:
-            bandwidth = base_rate(setup, running)
+            note_settings(setup, running)
             results = take_turns(setup, running)
-        lines += ["", f"### A full batch, rank {label}", "", f"A plain read: {bandwidth / 1e9:.1f} GB/s.", "", *HEAD]
-        lines += table(results, bandwidth)
+        read = median(round.get("bandwidth") for round in results["ours", count]) / 1e9
+        lines += ["", f"### A full batch, rank {label}", "", f"A plain read: {read:.1f} GB/s.", "", *HEAD]
+        lines += table(results)
         draw_bars(setup, results, f"rank {label}", setup.options.out / f"saturated-{len(ranks)}.png")
     return lines
 
@@ -353,9 +353,9 @@ def growth(setup: Setup) -> list[str]:
         else:
             wanted.append(("static", folder, []))
         with workers(setup, *wanted) as running:
-            bandwidth = base_rate(setup, running)
+            note_settings(setup, running)
             results = take_turns(setup, running)
-        lines += [line for line in table(results, bandwidth) if not count or not line.startswith("| ours | 0 ")]
+        lines += [line for line in table(results) if not count or not line.startswith("| ours | 0 ")]
         every |= results
     lines += [
         "",
