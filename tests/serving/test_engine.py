@@ -179,6 +179,15 @@ def test_other_kinds_share_the_batch(smollm: nn.Module, smollm_tokenizer: Any, t
         aa.detach(smollm, "oracle")
 
 
+def test_a_gated_prefix_beside_lora_is_refused(smollm: nn.Module, tmp_path: Path) -> None:
+    """Its keys would be made by projections that the LoRA changes; nothing is served that would say something else."""
+    config = aa.LlamaAdapterConfig(length=3, lora_rank=2, lora_targets="self_attention.key")
+    save_adapter(smollm, tmp_path, "both", config, 1)
+    engine = Engine(smollm, settings=EngineSettings(cells=500, adapters=str(tmp_path)))
+    assert "served alone" in engine.store.scan()["both"]
+    engine.close()
+
+
 def test_seeds_sampling_and_logprobs(engine: Engine) -> None:
     """The same seed gives the same tokens alone and in company; log-probabilities are the model's."""
     sampling = Sampling(max_tokens=5, temperature=0.9, top_p=0.9, seed=11, logprobs=2)

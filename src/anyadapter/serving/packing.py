@@ -275,7 +275,12 @@ def plan(
             packing.parts[site.path] = how(branch, site.module, partial(block, layer), fill)
             packing.layer_of[site.path] = layer
         packing.rank = max(part.first.rows for part in packing.parts.values())
-        if any(part.kind == "gated" for part in packing.parts.values()):
+        kinds = {part.kind for part in packing.parts.values()}
+        if "gated" in kinds:
+            if len(kinds) > 1:
+                raise TargetError(
+                    "A gated prefix is served alone: the LoRA beside it would change the keys that are made of it."
+                )
             packing.made = partial(gated_tensors, adapter, host)
     packing.cells = max(taken.values())
     return packing
@@ -337,8 +342,6 @@ def plan_gated(branch: GatedPrefix, module: nn.Module, block: NewBlock, fill: Ca
     (heads, dim), (_, length, _) = key_heads(module), branch.prompts().shape
     first, second = block(KEYS, length, heads * dim), block(VALUES, length, heads * dim)
     gate = block(KEYS, 1, query_heads(module))
-    if first.start != second.start:
-        raise TargetError("A gated prefix cannot share an adapter with other parts at its layers.")
     for suffix, where in zip(GATED, (first, second, gate)):
         fill(branch.gate, where, suffix=suffix)
     return Part("gated", first, second, gate=gate)
