@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,15 @@ def test_a_name_that_is_a_folder_already(live: Live, root: Path) -> None:
     (root / "notes").mkdir()
     got = live.http.post("/v1/adapters", json={"name": "notes", "document": "x"})
     assert (got.status_code, "holds" in error(got)["message"]) == (409, True)
+
+
+def test_two_at_once_under_one_name(live: Live) -> None:
+    """One is made; the other is refused, and does not replace it."""
+    body = {"name": "island", "document": DOCUMENT}
+    with ThreadPoolExecutor(2) as pool:
+        clients = live.client(ADMIN), live.client(ADMIN)
+        got = list(pool.map(lambda client: client.post("/v1/adapters", json=body).status_code, clients))
+    assert sorted(got) == [201, 409]
 
 
 def test_a_damaged_state_is_refused_and_the_adapter_goes_on(live: Live, root: Path) -> None:

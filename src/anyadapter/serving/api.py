@@ -75,6 +75,7 @@ class Server:
         self.loop, self.settings = loop, settings
         self.numbers = Metrics(lambda: loop.stats)
         self.contexts = Contexts(loop)
+        self.making: set[str] = set()  # names of adapters that contexts are being read into
         self.encoder = ThreadPoolExecutor(1, "tokenizer")
         self.started = int(time.time())
         self._tokenizer: Any = None
@@ -143,9 +144,13 @@ class Server:
         self.check_new(name)
         if not NAME.fullmatch(name):
             raise ApiError(400, "A name is 1 to 128 letters, digits, '.', '_' and '-'.", param="name")
-        if (self.root() / name).exists():
+        if (self.root() / name).exists() or name in self.making:
             raise ApiError(409, f"The folder of adapters holds {name!r} already.", param="name")
-        return await self.read_context(http, name, body, context, 201)
+        self.making.add(name)
+        try:
+            return await self.read_context(http, name, body, context, 201)
+        finally:
+            self.making.remove(name)
 
     def check_new(self, name: str) -> None:
         """Refuse a name that is taken."""
