@@ -12,12 +12,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach out
 
 import pytest
 import torch
+from letters import save_letters_bert
 from torch import nn
 
 import anyadapter as aa
 from anyadapter.training.base import load_base
 
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for a busy core are slower than none
+
+
+@pytest.fixture(scope="session")
+def letters_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BERT that reads letters, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("letters")
+    save_letters_bert(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -156,6 +156,7 @@ AVERAGED: dict[str, tuple[str, aa.AdapterConfig]] = {
     "llama_adapter": ("llama", aa.LlamaAdapterConfig(length=3, last_layers=1)),
     "ia3": ("llama", aa.IA3Config()),
     "p_adapter": ("bert", aa.PAdapterConfig()),
+    "mlkg": ("bert", aa.MLKGConfig(reduction=4)),
     "ip_adapter": ("sd15", aa.IPAdapterConfig(image_width=8, tokens=2)),
 }
 

@@ -45,8 +45,12 @@ _CONFIGS = {
     "LlamaAdapterConfig": "anyadapter.methods.language.llama_adapter",
     "LoRAConfig": "anyadapter.methods.language.lora",
     "MHRConfig": "anyadapter.methods.language.mhr",
+    "MLKGConfig": "anyadapter.methods.language.mlkg",
+    "MixDAConfig": "anyadapter.methods.language.mixda",
     "PAdapterConfig": "anyadapter.methods.language.p_adapter",
     "PrefixConfig": "anyadapter.methods.language.prefix",
+    "RAFTConfig": "anyadapter.methods.language.raft",
+    "RationalePredictorConfig": "anyadapter.methods.language.raft",
 }
 
 

@@ -1,6 +1,8 @@
-"""P-Adapters: the authors' whole model on transformers' own BERT."""
+"""P-Adapters: the authors' whole model on transformers' own BERT, given the query in natural language."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,45 +14,55 @@ import anyadapter as aa
 from anyadapter.formats.p_adapter import read_official, write_official
 from anyadapter.methods.language.p_adapter import PAdapter
 
-KEPT = {
-    "rewrite-lstm": (),
-    "rewrite-lstm-mo": ("mask",),
-    "rewrite-lstm-so": ("subject",),
-    "rewrite-lstm-somo": ("subject", "mask"),
-    "rewrite-lstm-ensemble": (),
+BOTH = ("mask", "subject")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rewrite-lstm": {},
+    "rewrite-lstm-mo": {"keep": ("mask",)},
+    "rewrite-lstm-so": {"keep": ("subject",)},
+    "rewrite-lstm-somo": {"keep": BOTH},
+    "rewrite-lstm-ensemble": {},
+    "rewrite-trans": {"features": "model"},
+    "prefix-lstm": {"official": True},
+    "rewrite-ptuning": {"keep": BOTH},
+    "rewrite-ptuning-mo": {"keep": ("mask",)},
+    "p-tuning": {"keep": BOTH},
+    "ensemble": {"keep": BOTH},
+    "oracle": {"keep": BOTH},
 }
 
 
 def run(case: Golden) -> None:
-    """Rewritten embeddings, logits at the mask, loss, gradients."""
+    """What the model is given in place of the embeddings, logits at the mask, loss, gradients."""
     about = case.about["config"]
-    if about.get("adapter") not in KEPT:
+    kind = about.get("adapter") or about.get("type")
+    if kind not in SETTINGS:
         pytest.fail(f"{case.name}: no runner for {about['type']} {about.get('adapter')}")
-    model, adapter = attached(case)
-    ids, labels, attended = case.tensors["in/query_ids"], case.tensors["in/labels"], case.tensors["in/attention_mask"]
+    model, adapter = attached(case, SETTINGS[kind])
+    ids = case.tensors["in/nl_ids"]
+    asked = ids == about["mask_id"]
+    labels = torch.full_like(ids, -100)
+    labels[asked] = case.tensors["in/labels"][case.tensors["in/labels"] >= 0]
     seen: list[Tensor] = []
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, given, out: seen.append(out))
-    values = {"subject_mask": case.tensors["in/subject_mask"]} if adapter.reads else {}
-    with aa.signals(model, **values):
-        out = model(input_ids=ids, attention_mask=attended, labels=labels)
+    with aa.signals(model, **values(case, adapter)):
+        out = model(input_ids=ids, attention_mask=(ids != about["pad_id"]).long(), labels=labels)
     handle.remove()
-    real = attended.bool()
-    expected = case.tensors["out/inputs_embeds"]
+    real, expected = case.tensors["in/attention_mask"].bool(), case.tensors["out/inputs_embeds"]
     tolerance = case.about["tolerance"]
-    torch.testing.assert_close(seen[0][real], expected[real], atol=tolerance["atol"], rtol=tolerance["rtol"])
-    case.close(out.logits[ids == about["mask_id"]], "out/mask_logits")
+    torch.testing.assert_close(seen[-1][real], expected[real], atol=tolerance["atol"], rtol=tolerance["rtol"])
+    case.close(out.logits[asked], "out/mask_logits")
     case.close(out.loss, "out/loss")
     out.loss.backward()
-    grads = {f"prompt_encoder.{name}": p.grad for name, p in adapter.named_parameters()}
+    grads = {theirs(adapter, name): p.grad for name, p in adapter.named_parameters()}
     assert set(grads) == set(case.part("grad"))
     for name, grad in grads.items():
         case.close(grad, f"grad/{name}")
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("anyadapter"))
 
 
-def attached(case: Golden) -> tuple[nn.Module, PAdapter]:
-    """The base with the case's adapter in place, after the round trip of its file."""
+def attached(case: Golden, settings: dict[str, Any]) -> tuple[nn.Module, PAdapter]:
+    """The base with the case's adapter in place, after the round trip of its files."""
     about = case.about["config"]
     model = BertForMaskedLM(
         BertConfig(
@@ -58,24 +70,41 @@ def attached(case: Golden) -> tuple[nn.Module, PAdapter]:
         )
     ).eval()
     model.load_state_dict(module(case, "model"))
-    official = module(case, "prompt_encoder")
-    kept = KEPT[about["adapter"]]
-    config, tensors = read_official(
-        official,
-        aa.Host.of(model),
-        keep=kept,
-        alpha=about.get("alpha", 0.0),
-        mask_token_id=about["mask_id"] if "mask" in kept else None,
-    )
+    names = dict.fromkeys(about["relations"]) if about["type"] == "oracle" else ("any",)
+    files = {name: module(case, "prompt_encoder" if name == "any" else f"prompt_encoder.{name}") for name in names}
+    source: Any = files["any"] if about["type"] == "adapter" else files
+    given = {"alpha": about.get("alpha", 0.0), "template": tuple(about["template"])}
+    if "mask" in settings.get("keep", ()):
+        given["mask_token_id"] = about["mask_id"]
+    config, tensors = read_official(source, aa.Host.of(model), **settings, **given)
     adapter = aa.attach(model, config)
     assert isinstance(adapter, PAdapter)
     adapter.load_tensors(tensors)
-    again = write_official(adapter)
-    assert set(again) == set(official)
-    assert all(
-        again[k].dtype == v.dtype and again[k].numpy().tobytes() == v.numpy().tobytes() for k, v in official.items()
-    )
+    for relation, official in files.items():
+        again = write_official(adapter, relation if adapter.config.relations else None)
+        kept = {k: v for k, v in official.items() if not k.startswith(("mlm_embeddings.", "transformer."))}
+        assert set(again) == set(kept)
+        for name, tensor in kept.items():
+            assert again[name].dtype == tensor.dtype
+            assert again[name].numpy().tobytes() == tensor.numpy().tobytes()
     return model, adapter
+
+
+def values(case: Golden, adapter: PAdapter) -> dict[str, Any]:
+    """The signals the adapter reads."""
+    relations = case.about["config"]["relations"]
+    asked = ["any"] * len(relations) if adapter.config.relations == ("any",) else relations
+    given = {"subject_mask": case.tensors["in/subject_mask"], "relation": asked}
+    return {name: given[name] for name in adapter.reads}
+
+
+def theirs(adapter: PAdapter, name: str) -> str:
+    """The authors' name of one of the adapter's parameters."""
+    parts = name.split(".")
+    if parts[0] != "experts":
+        return f"prompt_encoder.{name}"
+    relation = adapter.config.relations[int(parts[1])]
+    return ".".join(["prompt_encoder", *([] if relation == "any" else [relation]), *parts[2:]])
 
 
 def module(case: Golden, name: str) -> dict[str, Tensor]:

@@ -312,7 +312,7 @@ def test_an_official_file_comes_back_byte_for_byte(tmp_path: Path, shape: tuple[
     assert (config.last_layers, config.activation) == (1, "identity" if shape == (1,) else "tanh")
     adapter = aa.attach(model, config)
     adapter.load_tensors(tensors)
-    again = write_official(adapter)
+    again = write_official(adapter, aa.Host.of(model))
     assert set(again) == set(official)
     assert all(torch.equal(again[name], tensor) for name, tensor in official.items())
 
@@ -334,7 +334,7 @@ def test_a_wrong_official_file_is_refused() -> None:
     with pytest.raises(aa.ConfigError, match="last_layers is 4"):
         read_official(good, host, length=1)
     with pytest.raises(aa.ArtefactError, match="A LoRA does not fit"):
-        write_official(aa.attach(build("llama"), aa.LoRAConfig()))
+        write_official(aa.attach(build("llama"), aa.LoRAConfig()), host)
     with pytest.raises(aa.ArtefactError, match="this one has: weight"):
         read_official({"weight": torch.zeros(1)}, host)
 

@@ -179,12 +179,15 @@ def test_other_kinds_share_the_batch(smollm: nn.Module, smollm_tokenizer: Any, t
         aa.detach(smollm, "oracle")
 
 
-def test_a_gated_prefix_beside_lora_is_refused(smollm: nn.Module, tmp_path: Path) -> None:
-    """Its keys would be made by projections that the LoRA changes; nothing is served that would say something else."""
+def test_what_would_change_a_gated_prefix_is_refused(smollm: nn.Module, tmp_path: Path) -> None:
+    """By a LoRA at the projections that make its keys, or by an image; nothing is served that would say something else."""
     config = aa.LlamaAdapterConfig(length=3, lora_rank=2, lora_targets="self_attention.key")
     save_adapter(smollm, tmp_path, "both", config, 1)
     engine = Engine(smollm, settings=EngineSettings(cells=500, adapters=str(tmp_path)))
-    assert "served alone" in engine.store.scan()["both"]
+    save_adapter(smollm, tmp_path, "sees", aa.LlamaAdapterConfig(visual="early", visual_depth=1), 1)
+    refused = engine.store.scan()
+    assert "served alone" in refused["both"]
+    assert "visual_features" in refused["sees"]
     engine.close()
 
 

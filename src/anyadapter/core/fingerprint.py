@@ -16,14 +16,18 @@ TOLERANCE = 0.1  # relative; the same base in another dtype stays far below, ano
 def fingerprint(host: Host) -> dict[str, Any]:
     """Class, and shape and a few values of some tensors spread over the base. Readable, and a few kilobytes of JSON.
 
+    Modules in whose place an attached adapter runs are left out: the head of a new task may have another random start.
+
     Returns:
         ``{"class": name, "tensors": {name: {"shape": [...], "values": [...]}}}``; values are absent where the tensor is
         quantised.
     """
+    placements = [p for adapter in host.adapters.values() for p in adapter.placements]
+    replaced = tuple(f"{p.path}." for p in placements if getattr(p.branch, "replaces", False))
     named = {
         name: tensor
         for name, tensor in host.model.state_dict().items()
-        if isinstance(tensor, torch.Tensor) and tensor.dim() >= 1
+        if isinstance(tensor, torch.Tensor) and tensor.dim() >= 1 and not name.startswith(replaced)
     }
     matrices = sorted(name for name, tensor in named.items() if tensor.dim() >= 2) or sorted(named)
     step = max(1, len(matrices) // TENSORS)

@@ -95,17 +95,18 @@ class Parallel(DownUp):
         return plus(call(*args, **kwargs), self.z(first(args, kwargs)))
 
 
-class InBlock(DownUp):
+class Inside(Branch):
     """Inside a BERT-style output block LN(f + a), where f = dropout(dense(h)) and a is the residual: LN(f + z(x) + a).
 
     x is LN(f + a) (``"norm"``, Pfeiffer et al. 2020), f (``"output"``, Houlsby et al. 2019) or a (``"residual"``, He et al.
-    2022). The branch goes to the block, where it learns a, and its :meth:`adapt` to the block's dropout, where it meets f;
-    so the next adapter of this kind finds f + z(x) as its f.
+    2022); a subclass says what z is. The branch goes to the block, where it learns a, and its :meth:`adapt` to the block's
+    dropout, where it meets f; so the next adapter of this kind finds f + z(x) as its f.
     """
 
-    def __init__(self, block: Any, reads: Literal["norm", "output", "residual"], width: int, **settings: Any) -> None:
-        wide = widths(block)[1]
-        super().__init__(wide, wide, width, **settings)
+    z: Callable[[Tensor], Tensor]
+
+    def enter(self, block: Any, reads: Literal["norm", "output", "residual"]) -> None:
+        """Belong to ``block``."""
         self.reads = reads
         self.norm = partial(block.LayerNorm)  # not a child of ours: it stays the host's
         self.residual: Any = None
@@ -123,6 +124,15 @@ class InBlock(DownUp):
         if self.reads == "output":
             return f + self.z(f)
         return f + self.z(self.residual if self.reads == "residual" else self.norm(f + self.residual))
+
+
+class InBlock(DownUp, Inside):
+    """A bottleneck inside a BERT-style output block; see :class:`Inside`."""
+
+    def __init__(self, block: Any, reads: Literal["norm", "output", "residual"], width: int, **settings: Any) -> None:
+        wide = widths(block)[1]
+        super().__init__(wide, wide, width, **settings)
+        self.enter(block, reads)
 
 
 def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

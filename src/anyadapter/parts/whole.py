@@ -17,6 +17,8 @@ from anyadapter.core.host import Host
 class Whole(Branch):
     """y = copy(x). The copy starts equal, so that a fresh one changes nothing; the base's own stays as it is."""
 
+    replaces = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.whole = copy.deepcopy(module).requires_grad_(True)

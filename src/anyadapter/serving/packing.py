@@ -230,6 +230,10 @@ def plan(
     Raises:
         TargetError: part of it is of a kind that cannot share a batch.
     """
+    if adapter.reads:
+        raise TargetError(
+            f"A {type(adapter).__name__} that reads {', '.join(adapter.reads)} cannot be served: requests carry no signals."
+        )
     packing = Packing(layers, width, dtype)
     names = {id(tensor): name for name, tensor in adapter.tensors().items()}
     single = {name for name, number in (bits or {}).items() if number == 1}
@@ -262,7 +266,8 @@ def plan(
             taken[layer, KEYS] = taken[layer, VALUES] = packing.prefix
     else:
         for placement in adapter.placements:
-            branch, site = placement.branch, Site(placement.path, host.modules[placement.path])
+            module = host.modules.get(placement.path, host.model)
+            branch, site = placement.branch, Site(placement.path, module)
             how = next((how for cls, how in KINDS if type(branch) is cls), None)
             if how is None:
                 raise TargetError(

@@ -208,7 +208,7 @@ def tokenise(
     check_template(template, tokenizer)
     carry = tuple(carry)
     return [
-        {**_encode(row, tokenizer, template, max_length, train_on_inputs), **_carried(row, carry, signal)} for row in rows
+        {**_encode(row, tokenizer, template, max_length, train_on_inputs), **carried(row, carry, signal)} for row in rows
     ]  # fmt: skip
 
 
@@ -236,20 +236,21 @@ def _encode(
     return {"input_ids": ids, "labels": [IGNORED] * given + ids[given:]}
 
 
-def _carried(row: Row, carry: tuple[str, ...], signal: Callable[[str, Any], Any]) -> dict[str, Any]:
-    carried = {}
+def carried(row: Row, carry: tuple[str, ...], signal: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """The entries of a row that an adapter reads as signals, as tensors. Raises :class:`DataError` when one is missing."""
+    found = {}
     for name in carry:
         if name not in row.values:
             raise DataError(f"{row.where}: no {name!r}, which the adapter reads as a signal. {near(name, row.values)}")
         try:
-            carried[name] = torch.as_tensor(signal(name, row.values[name]))
+            found[name] = torch.as_tensor(signal(name, row.values[name]))
         except SignalError as error:
             raise DataError(f"{row.where}: {error}") from None
         except (TypeError, ValueError, RuntimeError):
             raise DataError(
                 f"{row.where}: {name!r} is {row.values[name]!r}; a signal is a number or numbers."
             ) from None
-    return carried
+    return found
 
 
 class Collator:

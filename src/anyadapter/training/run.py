@@ -13,6 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,10 @@ def read_data(teaching: Task) -> tuple[list[Row], list[Row]]:
 # ---------------------------------------------------------------------- training
 
 
-def training_arguments(settings: TrainingSettings, folder: Path, evaluates: bool) -> TrainingArguments:
-    """The settings in transformers' words."""
+def training_arguments(
+    settings: TrainingSettings, folder: Path, evaluates: bool, measure: str | None = None
+) -> TrainingArguments:
+    """The settings in transformers' words; ``measure`` tells the best checkpoint, and the loss does without one."""
     s = settings
     best = s.keep_best and evaluates
     save_every = s.save_every or s.eval_every
@@ -236,8 +239,8 @@ def training_arguments(settings: TrainingSettings, folder: Path, evaluates: bool
         save_total_limit=KEPT_CHECKPOINTS,
         logging_steps=s.log_every,
         load_best_model_at_end=best,
-        metric_for_best_model="eval_loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
+        metric_for_best_model=f"eval_{measure or 'loss'}" if evaluates else None,
+        greater_is_better=measure is not None if evaluates else None,
         restore_callback_states_from_checkpoint=True,
         prediction_loss_only=True,
         seed=s.seed,
@@ -293,7 +296,7 @@ def run_stages(
         last = index + 1 == count
         trainer.save_model(str(folder / ADAPTER if last else place / ADAPTER), _internal_call=not last)
         trainer.accelerator.wait_for_everyone()
-        done = {"best_step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
+        done = best_of(trainer.state)
     adapter.train_only()
     model.eval()
     if trainer.is_world_process_zero():
@@ -319,7 +322,8 @@ def make_trainer(
     training = teaching.config.training
     settings = training.stage(index)
     folder = Path(teaching.config.output)
-    args = training_arguments(settings, folder / CHECKPOINTS / f"stage-{index + 1}", evaluates=bool(sets[1]))
+    evaluates = bool(sets[1])
+    args = training_arguments(settings, folder / CHECKPOINTS / f"stage-{index + 1}", evaluates, teaching.best)
     callbacks: list[Any] = [LogFile(folder / LOG, index + 1)]
     if bar:
         callbacks.append(bar)
@@ -336,11 +340,19 @@ def make_trainer(
         eval_dataset=sets[1] or None,
         data_collator=teaching.collator(processor),
         objective=teaching.objective,
+        sampler=partial(teaching.sampler, sets[0], settings.batch_size, settings.seed),
+        measure=partial(teaching.measure, model, sets[1], processor) if evaluates and teaching.best else None,
         callbacks=callbacks,
     )
     for printing in (PrinterCallback, ProgressCallback):  # standard output is for results
         trainer.remove_callback(printing)
     return trainer
+
+
+def best_of(state: Any) -> dict[str, Any]:
+    """The step of the best checkpoint, and its loss on the evaluation rows."""
+    lines = [line for line in state.log_history if "eval_loss" in line and line["step"] == state.best_global_step]
+    return {"best_step": state.best_global_step, **({"eval_loss": lines[-1]["eval_loss"]} if lines else {})}
 
 
 def summary(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from torch.utils.data import Sampler
 
 from anyadapter.core.adapter import Adapter, Settings
 from anyadapter.core.errors import ConfigError, near
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
 
 TASKS = {
     "causal_lm": "anyadapter.training.causal_lm:CausalLM",
+    "streams": "anyadapter.training.streams:Streams",
     "contexts": "anyadapter.training.generative:Contexts",
+    "facts": "anyadapter.training.facts:Facts",
+    "masked_lm": "anyadapter.training.masked_lm:MaskedLM",
+    "classification": "anyadapter.training.classification:Classification",
+    "pairs": "anyadapter.training.pairs:Pairs",
+    "rationales": "anyadapter.training.rationales:RationaleTask",
+    "rationale_classification": "anyadapter.training.rationales:RationaleClassification",
     "image_classification": "anyadapter.training.images:Images",
 }
 
@@ -60,10 +68,12 @@ class Task:
     Attributes:
         Settings: of the ``data`` section.
         objective: a method ``(model, batch) -> loss``, the mean over the batch, or None for the model's own loss.
+        best: which of its measures tells the best checkpoint, the highest being best; by default the lowest loss does.
     """
 
     Settings: ClassVar[type[DataSettings]] = DataSettings
     objective: Any = None
+    best: ClassVar[str | None] = None
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -87,6 +97,10 @@ class Task:
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a batch of encoded rows."""
         raise NotImplementedError
+
+    def sampler(self, rows: list[dict[str, Any]], batch_size: int, seed: int, adapter: Adapter) -> Sampler[int] | None:
+        """The order of encoded rows in a stage, of which the adapter's trainable tensors tell; by default a random one."""
+        return None
 
     def measure(self, model: nn.Module, rows: list[dict[str, Any]], processor: Any) -> dict[str, float]:
         """Measures of the trained adapter on the evaluation rows besides the loss, for ``metrics.json``; by default none."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -47,6 +48,8 @@ class AdapterTrainer(Trainer):
         groups: train only these groups of its tensors.
         learning_rates, weight_decays: of single groups of its tensors, where they differ from those in ``args``.
         objective: ``objective(model, batch) -> loss``, the mean over the batch; by default the model's own loss.
+        sampler: ``sampler(adapter) -> Sampler``, the order of the training rows; by default another random one each epoch.
+        measure: ``measure() -> {name: value}``, of each evaluation besides the loss, as ``eval_<name>``.
         kwargs: as for Trainer: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
 
     Raises:
@@ -64,6 +67,8 @@ class AdapterTrainer(Trainer):
         learning_rates: Mapping[str, float] | None = None,
         weight_decays: Mapping[str, float] | None = None,
         objective: Objective | None = None,
+        sampler: Callable[[Adapter], Sampler[int] | None] | None = None,
+        measure: Callable[[], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         host = Host.of(model)
@@ -73,6 +78,8 @@ class AdapterTrainer(Trainer):
         self.rates = {"lr": dict(learning_rates or {}), "weight_decay": dict(weight_decays or {})}
         self.host: Host = host
         self.objective: Objective | None = objective
+        self.sampler = sampler(self.adapter) if sampler is not None else None
+        self.measure = measure
         self.base, self.base_name = fingerprint(host), getattr(getattr(model, "config", None), "_name_or_path", None)
         self.use_cache_before = getattr(getattr(host.model, "config", None), "use_cache", None)
         self.forward_before = host.model.__dict__.get("forward")
@@ -92,6 +99,9 @@ class AdapterTrainer(Trainer):
 
     # ------------------------------------------------------------------ batches
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one batch, inside its signals."""
         inputs, values = self.separate(inputs)
@@ -108,6 +118,13 @@ class AdapterTrainer(Trainer):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             with torch.no_grad():
                 return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the measures beside the loss."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.measure is not None:
+            output.metrics.update({f"eval_{name}": value for name, value in self.measure().items()})
+        return output
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

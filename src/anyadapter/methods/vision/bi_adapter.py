@@ -71,6 +71,7 @@ class BiAdapter(Adapter):
     """x' + MLP(LN x') + s · U ReLU(D x') in every layer, or q + s · U D u and v + s · U D u in every attention."""
 
     Config = BiAdapterConfig
+    task: ClassVar[str] = "image_classification"
     capabilities = frozenset({"scale", "merge", "route"})
     groups = {"adapters": ("*adapter_down.weight", "*adapter_up.weight"), "head": ("*.head.weight", "*.head.bias")}
     config: BiAdapterConfig
@@ -206,6 +207,8 @@ class BesideFeedForward(DownUp):
 
 class Head(Branch):
     """A new classifier that runs in the place of the base's."""
+
+    replaces = True
 
     def __init__(self, width: int, classes: int, bits: int) -> None:
         super().__init__()
