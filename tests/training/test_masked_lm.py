@@ -93,7 +93,7 @@ def stage2(bert: Path, tmp_path: Path, sources: list[str]) -> dict:
         },
         "data": {"train": write(tmp_path / "labelled.jsonl", labelled), "eval_rows": 6, "task": "classification"},
         "training": {
-            "steps": 80, "batch_size": 10, "learning_rate": 1e-2, "device": "cpu", "eval_every": 40, "keep_best": False,
+            "steps": 200, "batch_size": 10, "learning_rate": 1e-2, "device": "cpu", "eval_every": 100, "keep_best": False,
             "stages": [{"groups": ["gate", "task", "head"]}],
         },
         "output": str(tmp_path / "labelled"),
