@@ -17,6 +17,7 @@ from torch import nn
 
 import anyadapter as aa
 from anyadapter.serving.engine import Engine, EngineSettings
+from anyadapter.serving.graphs import Decoder
 from anyadapter.serving.request import Output, Request
 
 RANKS = (1, 4, 6, 8, 12)
@@ -52,10 +53,17 @@ events = st.one_of(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(history=st.lists(events, min_size=5, max_size=40), cells=st.integers(220, 700), pace=st.sampled_from([4, 7, 64]))
-def test_random_histories(served: Any, history: list[tuple], cells: int, pace: int) -> None:
+@given(
+    history=st.lists(events, min_size=5, max_size=40),
+    cells=st.integers(220, 700),
+    pace=st.sampled_from([4, 7, 64]),
+    recorded=st.booleans(),
+)
+def test_random_histories(served: Any, history: list[tuple], cells: int, pace: int, recorded: bool) -> None:
     model, folder, oracles = served
     engine = Engine(model, settings=EngineSettings(cells=cells, max_running=4, step_tokens=pace, adapters=str(folder)))
+    if recorded:
+        engine.decoder = Decoder(engine.mixed, engine.call, engine.settings.max_running)
     requests: dict[str, Request] = {}
     outputs: dict[str, list[Output]] = {}
     cancelled = set()

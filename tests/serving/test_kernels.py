@@ -213,6 +213,24 @@ def test_a_token_does_not_depend_on_its_neighbours(backend: str, dtype: torch.dt
     torch.testing.assert_close(first, second, atol=tolerance, rtol=0)
 
 
+@few
+@given(case=st.builds(paged, *shapes), more=st.integers(1, 5))
+def test_tables_with_room_to_spare(backend: str, case: Case, more: int) -> None:
+    """Empty segments at the end and rows that belong to none, which lie outside the pool, change no number."""
+    rows, run = case.rows, kernels(backend, case.pool.dtype)
+    last = [torch.cat([b, b[-1:].repeat(more)]) for b in (rows.tokens, rows.rows, rows.hidden)]
+    cells = torch.cat([rows.cells, torch.full((9 * more, rows.cells.shape[1]), 1 << 30, dtype=torch.int32)])
+    scale = torch.cat([rows.scale, torch.full((9 * more,), torch.nan)])
+    roomy = Rows(*last, cells, scale, rows.total + 9 * more)
+    x = numbers(case.tokens, width_of(case), like=case.pool)
+    hidden, wanted = run.shrink(x, case.pool, roomy), run.shrink(x, case.pool, rows)
+    assert torch.equal(hidden[: rows.total], wanted)
+    y, z = x.clone(), x.clone()
+    run.expand(hidden, y, case.pool, roomy)
+    run.expand(wanted, z, case.pool, rows)
+    assert torch.equal(y, z)
+
+
 def test_nothing_to_do(backend: str) -> None:
     case = paged([(2, 0)], 32, 16, torch.float32, 0)
     y = torch.randn(2, 32)

@@ -25,8 +25,9 @@ from anyadapter.core.host import Host, device_of
 from anyadapter.serving.batch import Sequences
 from anyadapter.serving.checks import check_combination, check_model, end_tokens
 from anyadapter.serving.fused import can_fuse
+from anyadapter.serving.graphs import Decoder
 from anyadapter.serving.kernels import kernels_for
-from anyadapter.serving.mixed import Mixed, MixedConfig, Uses, bounds
+from anyadapter.serving.mixed import Mixed, MixedConfig
 from anyadapter.serving.policies import policy_named
 from anyadapter.serving.pool import Pool
 from anyadapter.serving.request import Output, Request
@@ -35,6 +36,7 @@ from anyadapter.serving.sampling import Choice, Sampler, choose
 from anyadapter.serving.scheduler import Limits, Scheduler
 from anyadapter.serving.settings import EngineSettings
 from anyadapter.serving.store import AdapterStore, Registered
+from anyadapter.serving.tables import Uses, bounds
 from anyadapter.serving.text import TextStream
 
 __all__ = ["Engine", "EngineSettings"]
@@ -137,6 +139,7 @@ class Engine:
         self.reading: dict[str, Future[Tensor]] = {}
         self.counters = Counters()
         self.mixed.name = GUEST
+        self.decoder = self.make_decoder()
         if settings.pack and can_fuse(self.device, self.dtype):
             self.mixed.fuse()
         self.host.install(self.mixed)
@@ -149,6 +152,11 @@ class Engine:
     def make_guest(self) -> Mixed:
         """What computes the adapters' part of a pass."""
         return Mixed(MixedConfig(), self.host)
+
+    def make_decoder(self) -> Decoder | None:
+        """What computes passes in which each request has one new token, where there is something faster for them."""
+        on = self.settings.graphs and self.device.type == "cuda"
+        return Decoder(self.mixed, self.call, self.settings.max_running) if on else None
 
     def make_store(self, width: int, max_cells: int) -> AdapterStore:
         """Where adapters are registered."""
@@ -367,6 +375,11 @@ class Engine:
             tokens += request.prompt[start : start + count] if start < known else [request.output[start - known]]
             positions.append(np.arange(start, start + count) + sequence.shift)
             seen.append(sequence.cells[: sequence.used])
+        if self.decoder is not None and max(counts) == 1:
+            uses = [sequence.uses for sequence, _ in pieces]
+            logits = self.decoder.run(uses, tokens, np.concatenate(positions), slots, seen)
+            if logits is not None:
+                return logits
         sequences = Sequences(
             tokens=self.tensor(bounds(counts)),
             starts=self.tensor(bounds([len(cells) for cells in seen])),
@@ -462,13 +475,13 @@ class Engine:
 
     @torch.inference_mode()
     def check(self, reference: tuple[Tensor, Tensor]) -> None:
-        """Compare a pass over the pool, in two pieces, with the model's own."""
+        """Compare passes over the pool, in three pieces, the last of one token, with the model's own."""
         tokens, expected = reference
         request = Request("check", tuple(tokens.tolist()))
         sequence = Sequence(request, (), np.zeros(len(tokens), np.int32), 0, 0, 0)
         cut = len(tokens) // 2
         try:
-            for count in (cut, len(tokens) - cut):
+            for count in filter(None, (cut, len(tokens) - cut - 1, 1)):
                 logits = self.forward([(sequence, count)])
         finally:
             self.pool.release(sequence.cells[: sequence.used])

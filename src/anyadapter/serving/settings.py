@@ -24,6 +24,7 @@ class EngineSettings(Settings):
         adapters: folder under which adapters are registered by name; None reads any folder.
         keep: keep packed adapters in memory instead of reading their files again.
         pack: on a CPU, keep a second copy of the model's linears in oneDNN's layout; a pass takes a quarter less time.
+        graphs: on CUDA, record the passes that only decode as CUDA graphs and play them again.
         read_ahead: read the adapters of waiting requests in a thread, ahead of need.
     """
 
@@ -38,6 +39,7 @@ class EngineSettings(Settings):
     adapters: str | None = None
     keep: bool = False
     pack: bool = True
+    graphs: bool = True
     read_ahead: bool = True
 
     def __post_init__(self) -> None:

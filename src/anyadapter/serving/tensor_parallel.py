@@ -31,13 +31,14 @@ from anyadapter.core.errors import AnyAdapterError, TargetError
 from anyadapter.core.fingerprint import check_fingerprint
 from anyadapter.formats.files import TENSORS
 from anyadapter.serving.engine import Engine, EngineSettings
-from anyadapter.serving.mixed import Mixed, MixedConfig, Products, Uses, Work, bounds, flat
+from anyadapter.serving.mixed import Mixed, MixedConfig, flat
 from anyadapter.serving.packing import Block, Packing, Part, dense, plan
 from anyadapter.serving.pool import KEYS, VALUES
 from anyadapter.serving.request import Output, Request, Sampling
 from anyadapter.serving.sampling import Choice
 from anyadapter.serving.split import Split
 from anyadapter.serving.store import AdapterStore, Registered
+from anyadapter.serving.tables import Products, Uses, Work, bounds
 
 Command = list[Any]  # what to do, and with what; JSON
 
@@ -291,6 +292,9 @@ class SplitEngine(Engine):
         guest = SplitMixed(MixedConfig(), self.host)
         guest.split, guest.heads = self.split, guest.heads // self.split.size
         return guest
+
+    def make_decoder(self) -> None:
+        """None: a pass waits for the other processes, and not always on the device."""
 
     def make_store(self, width: int, max_cells: int) -> AdapterStore:
         store: Any = super().make_store(width, max_cells)
