@@ -40,7 +40,8 @@ from anyadapter.training.run import train
 from anyadapter.training.tasks import task
 
 SEEDS, CHOOSING = (2021, 2022, 2023), 2020  # of the table; of the draw in which the rates are chosen
-RATES, JUDGE_RATE = (1e-3, 5e-3), 2e-3  # of the heads, of the predictors
+RATES, JUDGE_RATE = (5e-4, 1e-3, 2e-3), 2e-3  # of the heads, of the predictors
+EPOCHS = 16  # of the heads
 LABELS = ("negative", "positive")
 LAYERS, WORDS, TOKENS = 3, 24, 40  # of the base; of a review's end; of a text, at most
 SOURCE = {"train": 800, "eval": 200}  # reviews with marks
@@ -203,7 +204,7 @@ def fit(folder: Path, seed: int, name: str, judge: Path, rate: float) -> tuple[A
             "base": str(folder / "base"),
             "adapter": adapter,
             "data": {**data, **{part: str(folder / "data" / f"target-{part}.jsonl") for part in ("train", "eval")}},
-            "training": {**TRAINING, "epochs": 8, "learning_rate": rate, "seed": seed},
+            "training": {**TRAINING, "epochs": EPOCHS, "learning_rate": rate, "seed": seed},
             "output": str(folder / f"seed-{seed}" / f"{name} {rate:g}".replace(" ", "-").replace(",", "")),
         }
     )
