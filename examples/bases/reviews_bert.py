@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokeniz
 
 VOCABULARY, LAYERS, TOKENS = 4000, 3, 40
 STEPS, BATCH, LEARNING_RATE, MASKED, SEED = 400, 16, 5e-4, 0.2, 0
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 HELD_OUT = 10  # every so many reviews one is not learnt
 
 
@@ -43,9 +44,11 @@ def reviews(wheel: Path) -> tuple[list[str], list[str]]:
 
 
 def tokenizer_of(texts: list[str]) -> BertTokenizerFast:
-    """A WordPiece tokenizer for these texts."""
-    words = BertWordPieceTokenizer(lowercase=True)
-    words.train_from_iterator(texts, vocab_size=VOCABULARY, min_frequency=5, show_progress=False)
+    """A WordPiece tokenizer for these texts; pieces are numbered by alphabet, for the trainer's order is another each time."""
+    found = BertWordPieceTokenizer(lowercase=True)
+    found.train_from_iterator(texts, vocab_size=VOCABULARY, min_frequency=5, show_progress=False)
+    ordered = [*SPECIAL, *sorted(found.get_vocab().keys() - {*SPECIAL})]
+    words = BertWordPieceTokenizer({piece: i for i, piece in enumerate(ordered)}, lowercase=True)
     return BertTokenizerFast(tokenizer_object=words._tokenizer)
 
 
