@@ -5,9 +5,10 @@
     python examples/mhr.py --data bigbench-1.0.0.tar.gz [--out results/mhr] [--quick]
 
 The tasks are BIG-bench's, the encoder is MiniLM-L6. A text is answered by a letter, A for the first of its task's answers by
-alphabet: by that whose vector, of the frozen encoder, is nearest to the text's, of the adapted one. What is asked of it, the text
-does not say, nor do the letters: that is the task's number to tell. Only the two upper layers are adapted, so that what the four below give is computed once. Every result is written as it
-comes; the same call goes on where it stopped. Some 70 minutes on one CPU core.
+alphabet: by that whose vector, of the frozen encoder, is nearest to the text's, of the adapted one. What is asked of it, the
+text does not say, nor do the letters: that is the task's number to tell. Only the two upper layers are adapted, so that what the
+four below give is computed once. Every result is written as it comes; the same call goes on where it stopped. Some 70 minutes on
+one CPU core.
 """
 
 from __future__ import annotations
