@@ -50,6 +50,8 @@ class Decoder:
         self.sites: list[list[str]] = []
         self.rows, self.works = ROWS, True
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # of all recorded passes
+        self.each = torch.arange(self.most + 1, dtype=torch.int32, device=self.device)  # a recorded pass reads it too
+        self.last = self.each.long()
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -171,8 +173,7 @@ class Decoder:
         work: dict[str, Work] = {}
         for group, paths in enumerate(self.sites):
             work |= dict.fromkeys(paths, Work([Products("low_rank", rows(group, "down"), rows(group, "up"))], []))
-        each = torch.arange(size + 1, dtype=torch.int32, device=self.device)
-        last = each[:size].long()
+        each, last = self.each[: size + 1], self.last[:size]
         tokens, positions, slots = (self.view(name)[:size] for name in ("tokens", "positions", "slots"))
         starts, cells = self.view("starts")[: size + 1], self.view("cells")
 
@@ -187,16 +188,15 @@ class Decoder:
 
 
 def recorded(compute: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]:
-    """``compute`` as a CUDA graph, after two calls in which kernels are compiled."""
+    """``compute`` as a CUDA graph, after two calls in which kernels are compiled. What it reads must stay where it is."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             compute()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(
-        graph, memory, capture_error_mode="thread_local"
-    ):  # other threads may use the device meanwhile
+    # Other threads may use the device meanwhile.
+    with torch.cuda.graph(graph, memory, capture_error_mode="thread_local"):
         out = compute()
 
     def play() -> Tensor:
