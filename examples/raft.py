@@ -9,7 +9,7 @@ stand in for annotators: each marks the words that speak for the review's label,
 review speaks of, by words. Target: sentences of Rotten Tomatoes, 64 of them with a label, and with an accident of gathering: the
 positive ones say "film" and the negative ones "movie", which means nothing in the validation and test sentences. The base is the
 lower half of MiniLM-L6. The learning rate of each head is chosen on the validation sentences, in a draw of its own. Every run is
-kept; the same call goes on where it stopped. Some ten minutes on one CPU core.
+kept; the same call goes on where it stopped. Some 20 minutes on one CPU core.
 """
 
 from __future__ import annotations
