@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,19 @@ def test_chunked_prefill_and_company_change_nothing(engine: Engine, smollm: nn.M
     pieces.submit(greedy("long", long, 4, a1=1.0))
     assert tokens_of(run(pieces)["long"]) == alone
     pieces.close()
+
+
+def test_reading_an_adapter_again_leaves_nothing_behind(engine: Engine) -> None:
+    def objects() -> int:
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    for _ in range(3):
+        engine.store.register("a0")
+    before = objects()
+    for _ in range(20):
+        engine.store.register("a0")
+    assert objects() - before < 400, "20 readings of 420 tensors have left a piece for each"
 
 
 def test_the_model_is_what_it_was(smollm: nn.Module, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from anyadapter.core.adapter import Adapter, check_tensors
@@ -281,8 +281,8 @@ class AdapterStore:
 
     def read(self, found: Registered) -> Mapping[str, Tensor | Packed]:
         """An adapter's tensors, by its own names. The first time, they are compared with what was saved."""
-        with safe_open(found.folder / TENSORS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Not by safe_open, whose version 0.8.0 loses 64 bytes with every tensor it gives: a server reads millions.
+        tensors = load((found.folder / TENSORS).read_bytes())
         if found.id not in self.checked and found.sha256 is not None and digest(tensors) != found.sha256:
             raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
         template = found.template
