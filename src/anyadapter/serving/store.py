@@ -1,4 +1,4 @@
-"""The registered adapters: thousands of folders, memory-mapped, each checked before it is known by its name."""
+"""The registered adapters: thousands of folders, each checked before it is known by its name."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class AdapterStore:
         layers, width, dtype: of the pool.
         root: when given, folders are names inside it, and nothing outside is read.
         max_rank, max_cells: limits to one adapter.
-        keep: keep packed copies in memory (pinned, where there is CUDA) instead of reading the mapped file again.
+        keep: keep packed copies in memory (pinned, where there is CUDA) instead of reading the file again.
     """
 
     def __init__(
