@@ -181,7 +181,7 @@ def test_graphs_on_a_gpu(served: Any, dtype: torch.dtype) -> None:
     """The same tokens with and without, and played, not computed."""
     said = []
     for on in (True, False):
-        model = case("llama").build().to("cuda", dtype)
+        model = case(served[0].config.model_type).build().to("cuda", dtype)
         engine = Engine(model, settings=EngineSettings(cells=900, max_running=12, adapters=str(served[1]), graphs=on))
         engine.store.scan()
         for name in ("r2", "r8", "", "some", "wide", "prefix"):

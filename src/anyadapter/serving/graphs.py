@@ -208,7 +208,7 @@ def recorded(compute: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]
 
 def can_record(packing: Packing) -> bool:
     """Whether its parts are low-rank products whose numbers lie in the pool as they are; a prefix's cells are a sequence's."""
-    return packing.made is None and all(p.kind == "low_rank" and not p.first.room for p in packing.parts.values())
+    return all(part.kind == "low_rank" and not part.first.room for part in packing.parts.values())
 
 
 def size_for(count: int) -> int:

@@ -148,8 +148,9 @@ def products(kind: str, activation: str, group: Group, device: torch.device, wid
     def table(block_of: Callable[[Part], Block]) -> Rows:
         arrays = tokens, rows, hidden, group.cells(block_of), scale
         on_device = [torch.from_numpy(a).to(device, non_blocking=True) for a in arrays]
-        bits, blocks = None, [(resident, block_of(part)) for resident, _, part in members]
-        if blocks[0][1].room:
+        bits = None
+        if block_of(members[0][2]).room:
+            blocks = [(resident, block_of(part)) for resident, _, part in members]
             offsets = np.concatenate([block.places()[1] for _, block in blocks])
             at = np.array([int(r.cells[b.levels[0]]) * b.room + b.levels[1] for r, b in blocks], dtype=np.int64)
             levels = np.repeat(at, [b.rows for _, b in blocks])
