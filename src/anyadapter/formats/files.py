@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from anyadapter.core.attach import NAME
@@ -115,7 +115,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file on the CPU. Raises :class:`ArtefactError` when it is unsound or not finite."""
     read_header(path)
     try:
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # version 0.8.0's load_file and safe_open lose 64 bytes with every tensor
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from None
     return finite(path, tensors)

@@ -23,13 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from anyadapter.core.adapter import Adapter
 from anyadapter.core.errors import AnyAdapterError, TargetError
 from anyadapter.core.fingerprint import check_fingerprint
-from anyadapter.formats.files import TENSORS
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.mixed import Mixed, MixedConfig, flat
 from anyadapter.serving.packing import Block, Packing, Part, dense, plan
@@ -150,21 +148,14 @@ class SplitStore(AdapterStore):
             check_fingerprint(self.host, expected, self.split.fingerprint)
 
     def read(self, found: Registered) -> dict[str, Tensor]:
-        """This process's part of the tensors. The first process once reads them all, and compares them with what was saved."""
+        """This process's part of the tensors."""
         packing: Any = found.packing
-        quantised = bool(found.template.bits)
-        whole: Any = super().read(found) if quantised or (self.split.rank == 0 and found.id not in self.checked) else {}
-        with safe_open(found.folder / TENSORS, framework="pt") as file:
-            if not quantised:
-                slices: Any = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                whole = found.template.layout.read({}, slices, found.template.adapter)
-            parts = {}
-            for name, found_there in whole.items():
-                tensor = dense(found_there) if quantised else found_there
-                shape = tensor.shape if quantised else tensor.get_shape()
-                cut = packing.cuts.get(name, (ALL,) * len(shape))
-                empty = any(s.start is not None and s.start == s.stop for s in cut)
-                parts[name] = tensor[:0] if empty else tensor[cut]
+        parts = {}
+        for name, found_there in super().read(found).items():
+            tensor = dense(found_there)
+            cut = packing.cuts.get(name, (ALL,))
+            empty = any(s.start is not None and s.start == s.stop for s in cut)
+            parts[name] = tensor[:0] if empty else tensor[cut]
         if packing.prefix:  # (n, layers · 2 · heads · dim): this process's heads
             prompt = parts[packing.prompt].reshape(packing.prefix, self.layers, 2, self.split.size, self.width)
             parts[packing.prompt] = prompt[..., self.split.rank, :]
