@@ -459,7 +459,7 @@ def registry(setup: Setup) -> list[str]:
     lines += [
         "",
         f"Throughput with {many:,} over that with {few}: {ratio(results, ('ours', many), ('ours', few))}.",
-        f"Adapters stay in their memory-mapped files; the pool takes {POOL_BYTES / 1e9:.1f} GB however many there are. With "
+        f"Adapters stay in their files; the pool takes {POOL_BYTES / 1e9:.1f} GB however many there are. With "
         f"`keep`, {few} adapters take {share:.2f} times their bytes of memory.",
     ]
     return lines
