@@ -3,8 +3,9 @@
     python benchmarks/soak.py [--minutes 10] [--http] [--base smollm2] [--dtype bfloat16] [--seed 0]
 
 Without ``--http`` the engine is driven directly and every cell's owner is checked at each step; with it, a server is started on
-a free port of this machine and spoken to by several clients, some of which go away in the middle. It ends with exit status 1 when
-a cell has leaked, memory has grown, or anything was answered that should not have been.
+a free port of this machine and spoken to by several clients, some of which go away in the middle; it also makes adapters of
+texts, which grow, and are removed while they do. It ends with exit status 1 when a cell has leaked, memory has grown, or anything
+was answered that should not have been.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ import torch
 
 import anyadapter as aa
 from anyadapter.core.errors import AnyAdapterError, BusyError, RequestError, UnknownAdapterError
+from anyadapter.methods.language.generative import GenerativeConfig
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.request import Request, Sampling
 from anyadapter.training.base import load_base
 
 RANKS = (4, 8, 16, 32, 8, 4)  # of the adapters made at the start; others are copies of them under other names
 NAMES = 12
+READERS = 4  # adapters made of texts, at a time
 LONGEST = 100  # tokens of a prompt, and a fifth of it of an output
 FLIGHT = 16  # requests in hand
 CLIENTS = 12
@@ -62,6 +65,18 @@ def make_sources(model: Any, root: Path) -> list[str]:
         aa.save_pretrained(model, root / ("bad" if i == len(RANKS) - 1 else f"source{i}"), "made")
         aa.detach(model, "made")
     return [f"source{i}" for i in range(len(RANKS) - 1)]
+
+
+def make_generator(model: Any, folder: Path) -> Path:
+    """What makes adapters of texts, with random values."""
+    torch.manual_seed(0)
+    adapter = aa.attach(model, GenerativeConfig(inner=16, rank=16, max_rank=8, alpha=16, window=64), "made")
+    for name, tensor in adapter.tensors().items():
+        if name.endswith("B.weight"):
+            torch.nn.init.normal_(tensor, std=0.1)
+    aa.save_pretrained(model, folder, "made")
+    aa.detach(model, "made")
+    return folder
 
 
 class Memory:
@@ -219,9 +234,12 @@ class EngineSoak:
 class HttpSoak:
     """Clients of a server in another process, on this machine only."""
 
-    def __init__(self, base: str, dtype: str, root: Path, sources: list[str], seed: int, log: Path) -> None:
+    def __init__(
+        self, base: str, dtype: str, root: Path, sources: list[str], generator: Path, seed: int, log: Path
+    ) -> None:
         self.sources, self.seed, self.counts = sources, seed, Counter[str]()
         self.lock, self.problems = threading.Lock(), list[str]()
+        self.readers: list[str] = []  # names of adapters made of texts
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -237,6 +255,7 @@ class HttpSoak:
         ]
         command += ["--adapters", str(root), "--name", "base", "--port", str(port), "--pool-tokens", str(CELLS)]
         command += ["--max-running", str(FLIGHT), "--max-waiting", "8", "--allow-adapter-updates", "--admin-key", KEY]
+        command += ["--generator", str(generator)]
         self.log = log
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
         self.url = f"http://127.0.0.1:{port}"
@@ -286,11 +305,8 @@ class HttpSoak:
         draw = random.Random(f"{self.seed}-{index}")
         with httpx.Client(base_url=self.url, timeout=120) as http:
             while time.monotonic() < end and not self.problems:
-                action = (
-                    draw.choice((self.upload, self.upload, self.upload, self.unload, self.misbehave))
-                    if index < 2
-                    else self.ask
-                )
+                changes = (self.upload, self.upload, self.upload, self.unload, self.misbehave, self.read, self.grow)
+                action = draw.choice(changes) if index < 2 else self.ask
                 try:
                     action(http, draw)
                 except Exception as error:  # told at the end
@@ -304,7 +320,7 @@ class HttpSoak:
             self.counts[what] += 1
 
     def ask(self, http: httpx.Client, draw: random.Random) -> None:
-        name = draw.choice(["base", *(f"a{i}" for i in range(NAMES))])
+        name = draw.choice(["base", *(f"a{i}" for i in range(NAMES)), *self.readers])
         prompt = [draw.randrange(1, 40_000) for _ in range(draw.randint(1, LONGEST))]
         body: dict[str, Any] = {"model": name, "prompt": prompt, "max_tokens": draw.randint(1, LONGEST // 5)}
         body |= {"temperature": draw.choice((0, 0.8)), "stream": draw.random() < 0.6, "n": draw.choice((1, 1, 1, 2))}
@@ -322,10 +338,11 @@ class HttpSoak:
             whole = last == "data: [DONE]" if body["stream"] else json.loads(last)["choices"]
             ensure(whole, f"a truncated answer: {last[-300:]}")
 
-    def admin(self, http: httpx.Client, method: str, path: str, fine: tuple[int, ...], body: Any = None) -> None:
+    def admin(self, http: httpx.Client, method: str, path: str, fine: tuple[int, ...], body: Any = None) -> Any:
         response = http.request(method, path, json=body, headers={"authorization": f"Bearer {KEY}"})
-        self.count(f"{method} {response.status_code}")
+        self.count(f"{method} {'contexts ' * path.endswith('/contexts')}{response.status_code}")
         ensure(response.status_code in fine, f"{method} {path}: {response.status_code} {response.text}")
+        return response.json()
 
     def upload(self, http: httpx.Client, draw: random.Random) -> None:
         """As new, or in another's place; it may be there already, or not yet."""
@@ -337,6 +354,27 @@ class HttpSoak:
 
     def unload(self, http: httpx.Client, draw: random.Random) -> None:
         self.admin(http, "DELETE", f"/v1/adapters/a{draw.randrange(NAMES)}", (200, 204, 404))
+
+    def text(self, draw: random.Random) -> dict[str, Any]:
+        words = draw.choices(("king", "bees", "lake", "tower", "spring", "drum"), k=draw.randint(1, LONGEST))
+        how = {"mode": draw.choice(("sequential", "parallel")), "window": draw.choice((16, 64))}
+        return {"document": " ".join(words), **how}
+
+    def read(self, http: httpx.Client, draw: random.Random) -> None:
+        """A new adapter of a text. When there are too many, one of them is removed or replaced, though it may be growing."""
+        name = self.admin(http, "POST", "/v1/adapters", (201,), self.text(draw))["id"]
+        with self.lock:
+            self.readers = [*self.readers, name]
+            gone = self.readers.pop(draw.randrange(READERS)) if len(self.readers) > READERS else None
+        if gone is not None and draw.random() < 0.5:
+            self.admin(http, "PUT", f"/v1/adapters/{gone}", (200,), {"path": draw.choice(self.sources)})
+        if gone is not None:
+            self.admin(http, "DELETE", f"/v1/adapters/{gone}", (200,))
+
+    def grow(self, http: httpx.Client, draw: random.Random) -> None:
+        """It may be removed or replaced by the other client meanwhile."""
+        name = draw.choice([*self.readers, "nobody"])
+        self.admin(http, "POST", f"/v1/adapters/{name}/contexts", (200, 404, 409), self.text(draw))
 
     def misbehave(self, http: httpx.Client, draw: random.Random) -> None:
         body: Any = draw.choice(
@@ -378,9 +416,16 @@ def main() -> None:
         (root / "adapters").mkdir()
         sources = make_sources(model, root / "adapters")
         if arguments.http:
+            generator = make_generator(model, root / "generator")
             del model
             soak: Any = HttpSoak(
-                arguments.base, arguments.dtype, root / "adapters", sources, arguments.seed, root / "server.log"
+                arguments.base,
+                arguments.dtype,
+                root / "adapters",
+                sources,
+                generator,
+                arguments.seed,
+                root / "server.log",
             )
         else:
             soak = EngineSoak(model, tokenizer, root / "adapters", sources, arguments.seed)

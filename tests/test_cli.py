@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -103,6 +105,19 @@ def test_quantize(adapter: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
     assert run("convert", str(tmp_path / "small"), str(tmp_path / "dense"), "--to", "peft")[0] == 0
     assert "bits" not in aa.inspect(tmp_path / "dense")
+
+
+def test_quantize_an_adapter_of_peft(adapter: Path, tmp_path: Path) -> None:
+    """As the Hub has them, with nothing of ours in it; the result is beside it."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(adapter, foreign)
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "anyadapter"}))
+    assert run("quantize", str(foreign))[0] == 0
+    assert run("quantize", str(adapter), "--out", str(tmp_path / "ours"))[0] == 0
+    there, here = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("foreign-1bit", "ours"))
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in here)
 
 
 def test_starting_is_quick() -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -256,24 +257,39 @@ def convert(
 @app.command()
 def quantize(
     folder: Folder,
-    out: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The new folder; by default FOLDER-1bit beside it.")] = None,
     bits: Annotated[int, typer.Option(help="Bits of a number: 1, 2, 4 or 8.")] = 1,
     matrices: Annotated[
         list[str] | None,
         typer.Option(help="Pattern of tensor names, such as '*lora_A*'; may be repeated. By default all matrices."),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base of another library's adapter; by default the one named in it.")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read a legacy adapter_model.bin (plain tensors only).")] = False,
     as_json: Json = False,
 ) -> None:
-    """Round the matrices of a trained adapter and pack them. Reads no base model.
+    """Round the matrices of a trained adapter and pack them. The base is read only for an adapter of another library.
 
     Training with rounded matrices is better at 1 bit: `quantize: {bits: 1}` in the file for `anyadapter train`.
 
-    Example: `anyadapter quantize runs/lora/adapter --bits 4 --out runs/lora/adapter-4bit`
+    Example: `anyadapter quantize runs/lora/adapter --bits 4`
     """
+    from anyadapter.formats.files import CONFIG, read_json
+    from anyadapter.formats.layouts import KEY
+    from anyadapter.formats.native import locate, save_pretrained
     from anyadapter.formats.quantize import quantize_folder
 
-    with plain_errors():
-        show({"folder": str(out), **quantize_folder(folder, out, bits, tuple(matrices) if matrices else None)}, as_json)
+    with plain_errors(), TemporaryDirectory() as scratch:
+        source = locate(folder)
+        beside = source if folder.is_dir() else Path(folder.name)  # one from the Hub: here
+        target = out or beside.resolve().with_name(f"{folder.resolve().name}-{bits}bit")
+        if KEY not in read_json(source / CONFIG):
+            model, _ = with_adapter(source, base, allow_pickle)
+            source = Path(scratch)
+            save_pretrained(model, source, layout="native")
+        facts = quantize_folder(source, target, bits, tuple(matrices) if matrices else None)
+        show({"folder": str(target), **facts}, as_json)
 
 
 @app.command()

@@ -116,6 +116,26 @@ def test_the_base_is_recognised_in_another_precision_and_refused_when_it_is_anot
         aa.load(case("bert").build(), saved)
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        "x",
+        None,
+        [],
+        {"tensors": []},
+        {"tensors": {"lm_head.weight": 1}},
+        {"tensors": {"lm_head.weight": {"values": [0.5] * 8}}},
+        {"tensors": {"lm_head.weight": {"shape": [32, 16], "values": [0.5] * 7}}},
+        {"tensors": {"lm_head.weight": {"shape": [32, 16], "values": ["0.5"] * 8}}},
+        {"tensors": {"lm_head.weight": {"shape": [32, 16], "values": [10**400] * 8}}},
+    ],
+    ids=lambda base: str(base)[:70],
+)
+def test_a_fingerprint_that_is_none(saved: Path, base: Any) -> None:
+    edit_config(saved, lambda c: c["anyadapter"].update(base=base))
+    refused(saved, aa.ArtefactError, "is malformed")
+
+
 def test_missing_extra_and_misshaped_tensors(saved: Path) -> None:
     key = next(k for k in load_file(saved / files.TENSORS) if "lora_A" in k)
     edit_tensors(saved, lambda t: t.__setitem__(key, torch.zeros(3, 5)))
@@ -166,8 +186,20 @@ HOSTILE = {
     ),
     "overlapping tensors": (
         header({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}, b"0000"),
-        "cannot be read",
+        "'b' overlaps the one before",
     ),
+    "a gap between tensors": (
+        header({n: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for n, i in (("b", 2), ("a", 0))}, b"000"),
+        "'b' leaves a gap before it",
+    ),
+    "a gap before the first tensor": (
+        header({"t": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}, b"00"),
+        "'t' leaves a gap before it",
+    ),
+    "metadata that is no dictionary": (header({"__metadata__": ["format"]}), "__metadata__ is malformed"),
+    "metadata that is no text": (header({"__metadata__": {"format": 1}}), "__metadata__ is malformed"),
+    "metadata that only the reader refuses": (header({"__metadata__": {"format": "\ud800"}}), "cannot be read"),
+    "a dtype that is a list": (header({"t": {"dtype": [], "shape": [0], "data_offsets": [0, 0]}}), "'t' is malformed"),
 }
 
 
@@ -176,6 +208,25 @@ def test_hostile_safetensors(saved: Path, what: str) -> None:
     content, message = HOSTILE[what]
     (saved / files.TENSORS).write_bytes(content)
     refused(saved, aa.ArtefactError, message)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), order=st.randoms(use_true_random=False))
+def test_the_order_of_a_header_is_free_and_empty_tensors_may_be_anywhere(
+    sizes: list[int], order: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    entries = [
+        (f"t{i}", {"dtype": "U8", "shape": [n], "data_offsets": [end - n, end]})
+        for i, (n, end) in enumerate(zip(sizes, ends))
+    ]
+    order.shuffle(entries)
+    path = tmp_path_factory.mktemp("order") / "x.safetensors"
+    path.write_bytes(header({"__metadata__": {"format": "pt"}, **dict(entries)}, bytes(range(ends[-1]))))
+    found = files.read_tensors(path)
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        f"t{i}": [*range(end - n, end)] for i, (n, end) in enumerate(zip(sizes, ends))
+    }
 
 
 @settings(max_examples=200, deadline=None)

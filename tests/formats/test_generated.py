@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,10 +121,43 @@ def test_a_state_and_its_generator_survive_their_files(tmp_path: Path) -> None:
     same(mine.read(model, tokens(4), state=again), mine.read(model, tokens(4), state=state), atol=0, rtol=0)
 
 
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A state's file with another description."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["anyadapter_state"])
+    change(about)
+    save_file(load_file(path), path, metadata={"anyadapter_state": json.dumps(about)})
+
+
+def test_a_state_saved_before_after_was_noted_is_used_but_not_forgotten(tmp_path: Path) -> None:
+    def older(about: dict[str, Any]) -> None:
+        for read in about["recipe"]["reads"]:
+            del read["after"]
+
+    model, adapter = ready()
+    first = adapter.read(model, tokens(5))
+    state = adapter.read(model, tokens(9, seed=1), state=first)
+    path = save_state(state, tmp_path / "state.safetensors")
+    rewritten(path, older)
+    old = load_state(path, model)
+    assert torch.equal(logits(model, state=old), logits(model, state=state))
+    more, new = adapter.read(model, tokens(4), state=old), adapter.read(model, tokens(4))
+    same(more, adapter.read(model, tokens(4), state=state))
+    same(old + new - new, old, atol=1e-4, rtol=1e-4)
+    for left, right in ((old, old), (old, first), (old, new), (state, old), (more, new)):
+        with pytest.raises(aa.ConfigError, match="did not note what was known"):
+            left - right
+
+
 def damaged(path: Path, how: str) -> None:
     tensors = load_file(path)
     if how == "no description":
         save_file(tensors, path)
+    elif how.startswith("after "):
+        rewritten(path, lambda about: about["recipe"]["reads"][0].update(after=int(how.split()[1])))
+    elif how == "no context":
+        rewritten(path, lambda about: about["recipe"]["reads"][0].pop("context"))
     elif how == "a linear is missing":
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -134,6 +170,9 @@ def damaged(path: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no description", "is not the state of a GenerativeAdapter"),
+        ("after 1", "its description is damaged"),
+        ("after -1", "its description is damaged"),
+        ("no context", "its description is damaged"),
         ("a linear is missing", "one matrix for each of the 2 linears"),
         ("cut off", "truncated or damaged"),
     ],
@@ -153,7 +192,8 @@ def test_a_state_of_another_generator_or_base_is_refused(tmp_path: Path) -> None
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(2.0)
-    attached(other).load_tensors(adapter.tensors())
+    twin = attached(other)
+    twin.load_tensors(adapter.tensors())
     with pytest.raises(aa.BaseMismatchError, match="other values"):
         load_state(path, other)
     assert load_state(path, other, check_base=False).windows == 2
@@ -161,6 +201,13 @@ def test_a_state_of_another_generator_or_base_is_refused(tmp_path: Path) -> None
         next(iter(adapter.parameters())).mul_(1.01)
     with pytest.raises(aa.BaseMismatchError, match="another generator"):
         load_state(path, model)
+    twin.load_tensors(adapter.tensors())
+    state = twin.read(other, tokens(5))
+    with torch.no_grad():
+        next(iter(adapter.parameters())).mul_(1.01)
+    with pytest.raises(aa.BaseMismatchError, match="another generator than 'default'"):
+        save_lora(model, state, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
     aa.attach(model, aa.LoRAConfig(rank=2), "lora")
     with pytest.raises(aa.ArtefactError, match="'lora' is a LoRA"):
         load_state(path, model, "lora")

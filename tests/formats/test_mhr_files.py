@@ -161,6 +161,20 @@ def test_an_average_is_one_over_k() -> None:
         read_official(official, aa.Host.of(model))
 
 
+def test_what_no_file_of_theirs_has_a_place_for_is_refused(tmp_path: Path) -> None:
+    model = build()
+    adapter = attached(model, weights="relaxed")
+    adapter.scale = 0.5
+    with pytest.raises(aa.ArtefactError, match="its scale is 0.5; set it to 1 and multiply alpha"):
+        write_official(adapter)
+    adapter.scale, adapter.uniformity = 1, 0.5
+    with pytest.raises(aa.ArtefactError, match=r"its uniformity is 0.5; set it to 0, or write what to_average\(\)"):
+        write_official(adapter)
+    with pytest.raises(aa.ArtefactError, match="its uniformity is 0.5"):
+        aa.save_pretrained(model, tmp_path / "poly", layout="peft-poly")
+    assert not (tmp_path / "poly").exists()
+
+
 def test_settings_of_the_authors() -> None:
     theirs = {"router_granularity": "coderwise", "lora_alpha": 16, "module_logits_relaxed_bernoulli": True}
     assert official_settings(theirs) == {"granularity": "stack", "alpha": 16.0, "weights": "relaxed"}

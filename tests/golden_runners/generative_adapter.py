@@ -71,21 +71,26 @@ def loaded(case: Golden) -> tuple[nn.Module, Generative]:
 
 
 def folded(case: Golden, name: str) -> tuple[Tensor, Tensor]:
-    """Segments as rows: ids and mask, (segments, tokens). The fixtures have one sequence."""
+    """Segments of all sequences as rows: ids and mask, (sequences · segments, tokens)."""
     ids, mask = case.tensors[f"in/{name}_ids"], case.tensors[f"in/{'attention' if name == 'input' else name}_mask"]
-    assert len(ids) == 1
-    return ids[0], mask[0]
+    return ids.flatten(0, 1), mask.flatten(0, 1)
+
+
+def each(sees: Tensor, sequences: int) -> Tensor:
+    """The same for every sequence, which sees nothing of the others: (segments, segments) → all rows, on the diagonal."""
+    return torch.block_diag(*[sees] * sequences)
 
 
 def segmented(case: Golden, model: nn.Module, adapter: Generative) -> None:
-    """Each segment knows those before it."""
+    """Each segment knows those of its sequence before it."""
     ids, mask = folded(case, "input")
-    sees = torch.ones(len(ids), len(ids)).tril(-1)
+    shape = case.tensors["in/input_ids"].shape
+    sees = each(torch.ones(shape[1], shape[1]).tril(-1), shape[0])
     with aa.signals(model, sees=sees, context_mask=mask):
         out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    case.close(out.logits[None], "out/logits")
+    case.close(out.logits.unflatten(0, shape[:2]), "out/logits")
     for layer in range(len(out.hidden_states) - 1):  # the last is normed or not, as the version of transformers has it
-        case.close(out.hidden_states[layer][None], f"out/hidden_states.{layer}")
+        case.close(out.hidden_states[layer].unflatten(0, shape[:2]), f"out/hidden_states.{layer}")
     case.close(model.loss_function(out.logits, ids, model.config.vocab_size).reshape(1), "out/lm_loss")
     gradients(case, adapter, out.logits.pow(2).mean())
 
@@ -100,35 +105,44 @@ def gradients(case: Golden, adapter: Generative, loss: Tensor) -> None:
 
 
 def lora_weights(case: Golden, model: nn.Module, adapter: Generative) -> None:
-    """A context read at once or window by window, used as a state, and as the LoRA it stands for."""
-    context, seen = folded(case, "context")
+    """The context of each sequence read at once or window by window, used as a state, and as the LoRA it stands for."""
+    contexts = list(zip(case.tensors["in/context_ids"], case.tensors["in/context_mask"]))
     ids, mask = case.tensors["in/input_ids"], case.tensors["in/input_mask"]
-    for at_once, prefix, logits in ((len(context), "", "weights_mode"), (1, "stream.", "stream")):
-        state = adapter.read_windows(model, context, seen, at_once=at_once)
+    for at_once, prefix, logits in ((len(contexts[0][0]), "", "weights_mode"), (1, "stream.", "stream")):
+        states = [adapter.read_windows(model, context, seen, at_once=at_once) for context, seen in contexts]
         for path, layer in adapter.layer_of.items():
             theirs = f"out/{prefix}{layer}.base_layer{path.removeprefix(layer)}"
-            case.close(state.outer[path][None], f"{theirs}.outer_product")
+            case.close(torch.stack([state.outer[path] for state in states]), f"{theirs}.outer_product")
             generator = adapter.generator(path)
-            lora_a = adapter.known(path, state).mT @ generator.A1.weight
-            case.close(lora_a, f"{theirs}.lora_a")
+            cores = torch.cat([adapter.known(path, state) for state in states])
+            case.close(cores.mT @ generator.A1.weight, f"{theirs}.lora_a")
             if not prefix:
-                case.close(generator.B.weight[None], f"{theirs}.lora_b")
-        with aa.signals(model, state=state):
+                case.close(generator.B.weight.expand(len(states), -1, -1), f"{theirs}.lora_b")
+        with aa.signals(model, state=states):
             case.close(model(input_ids=ids, attention_mask=mask).logits, f"out/logits_{logits}")
-    states_mode(case, model, adapter, context, seen)
-    config, tensors = adapter.export(state)
-    with aa.disabled(model):
-        aa.attach(model, config, "lora").load_tensors(tensors)
-        case.close(model(input_ids=ids, attention_mask=mask).logits, "out/logits_weights_mode")
-        aa.detach(model, "lora")
+    states_mode(case, model, adapter)
+    found = []
+    for i, state in enumerate(states):
+        config, tensors = adapter.export(state)
+        with aa.disabled(model):
+            aa.attach(model, config, "lora").load_tensors(tensors)
+            found.append(model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits)
+            aa.detach(model, "lora")
+    case.close(torch.cat(found), "out/logits_weights_mode")
 
 
-def states_mode(case: Golden, model: nn.Module, adapter: Generative, context: Tensor, seen: Tensor) -> None:
+def states_mode(case: Golden, model: nn.Module, adapter: Generative) -> None:
     """Computed again from the hidden states of the segments."""
-    sees = torch.ones(len(context), len(context)).tril(-1)
+    context, seen = folded(case, "context")
+    sequences, segments, _ = case.tensors["in/context_ids"].shape
+    sees = each(torch.ones(segments, segments).tril(-1), sequences)
     with aa.signals(model, sees=sees, context_mask=seen):
         hidden = adapter.record(model, context, seen)
-    with aa.signals(model, state=adapter.recall(hidden, seen)):
+    states = []
+    for i in range(sequences):
+        part = slice(i * segments, (i + 1) * segments)
+        states.append(adapter.recall({layer: rows[part] for layer, rows in hidden.items()}, seen[part]))
+    with aa.signals(model, state=states):
         out = model(input_ids=case.tensors["in/input_ids"], attention_mask=case.tensors["in/input_mask"])
     case.close(out.logits, "out/logits_states_mode")
 
@@ -136,17 +150,18 @@ def states_mode(case: Golden, model: nn.Module, adapter: Generative, context: Te
 def training(case: Golden, model: nn.Module, adapter: Generative) -> None:
     """Completion and reconstruction in one call, and the loss of both or of one."""
     ids, mask = folded(case, "input")
-    windows = len(ids) // 2
+    shape = case.tensors["in/input_ids"].shape
+    windows = shape[1] // 2
     model.train()
     tasks = case.about["peft_config"]["fastlora_training_attention_mask"].split("-")[1:] or [
         "completion",
         "reconstruction",
     ]
-    labels = pretraining_labels(case.tensors["in/labels"][0], tuple(tasks))
-    context = mask * (torch.arange(len(ids)) < windows)[:, None]
-    with aa.signals(model, sees=pretraining_sees(windows), context_mask=context):
+    labels = torch.cat([pretraining_labels(one, tuple(tasks)) for one in case.tensors["in/labels"]])
+    context = mask * (torch.arange(shape[1]) < windows).repeat(shape[0])[:, None]
+    with aa.signals(model, sees=each(pretraining_sees(windows), shape[0]), context_mask=context):
         out = model(input_ids=ids, attention_mask=mask, labels=labels)
-    case.close(out.logits[None], "out/logits")
+    case.close(out.logits.unflatten(0, shape[:2]), "out/logits")
     case.close(out.loss.reshape(1), "out/loss")
     gradients(case, adapter, out.loss)
 

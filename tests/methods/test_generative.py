@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import anyadapter as aa
 from anyadapter.methods.language.generative import Generative, GenerativeConfig
-from anyadapter.parts.context import windows
+from anyadapter.parts.context import digest, windows
 from anyadapter.parts.spectrum import TOLERANCE, leading, randomised
 
 HOSTS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "gptj", "gpt_neo", "opt", "bloom"]
@@ -185,6 +185,137 @@ def test_what_was_not_read_cannot_be_forgotten() -> None:
     again = ready(norm="spectral")
     with pytest.raises(aa.ConfigError, match="not read with the same config"):
         one + again[1].read(again[0], tokens(6))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    other=st.integers(1, 9),
+    mode=st.sampled_from(["sequential", "concat"]),
+)
+@settings(max_examples=20, deadline=None)
+def test_contexts_read_one_after_the_other_are_forgotten_together(lengths: list[int], other: int, mode: str) -> None:
+    model, adapter = ready()
+    states = [adapter.read(model, tokens(lengths[0]), mode=mode)]
+    for i, n in enumerate(lengths[1:], 1):
+        states.append(adapter.read(model, tokens(n, seed=i), mode=mode, state=states[-1]))
+    chain, beside = states[-1], adapter.read(model, tokens(other, seed=9), mode=mode)
+    apart = adapter.read(model, tokens(other, seed=9), mode="parallel")
+    extended = adapter.read(model, tokens(other, seed=9), mode="parallel", state=chain)
+    for total, left in ((chain + beside, beside), (beside + chain, beside), (extended, apart)):
+        same(total - chain, left, atol=1e-4, rtol=1e-4)
+        assert [read["after"] for read in (total - chain).recipe["reads"]] == [0]
+    same(extended - apart, chain, atol=1e-4, rtol=1e-4)
+    same((beside + chain) - beside, chain, atol=1e-4, rtol=1e-4)
+    after = adapter.read(model, tokens(2, seed=8), mode=mode, state=chain + beside)
+    for part in (chain, beside, *states[:-1]):
+        with pytest.raises(aa.ConfigError, match="with others after it that hold something of it"):
+            after - part
+    assert (after - after).windows == 0
+
+
+def test_what_is_read_knowing_something_is_not_what_is_read_alone() -> None:
+    model, adapter = ready(norm="frobenius")
+    before, alone = (adapter.read(model, tokens(6, seed=i)) for i in range(2))
+    after = adapter.read(model, tokens(6, seed=1), state=before)
+    first, *_, last = adapter.layer_of
+    share = after.outer[last] - before.outer[last]
+    torch.testing.assert_close(after.outer[first] - before.outer[first], alone.outer[first], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(share, alone.outer[last], atol=1e-2)
+    for total, part in ((after, alone), (after, before), (alone, after)):
+        with pytest.raises(
+            aa.ConfigError, match="6 tokens is to be forgotten that was read into this state in another way"
+        ):
+            total - part
+    twice = before + after
+    assert [read["after"] for read in twice.recipe["reads"]] == [0, 0, 1]
+    same(twice - after, before, atol=1e-4, rtol=1e-4)
+    same(twice - before, after, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reading_that_is_not_done_is_not_the_whole() -> None:
+    model, adapter = ready()
+    *_, part, whole = adapter.reading(model, tokens(12), mode="parallel")
+    assert [state.recipe["reads"][0]["windows"] for state in (part, whole)] == [2, 3]
+    same(whole - whole + part, part, atol=1e-4, rtol=1e-4)
+    with pytest.raises(aa.ConfigError, match="in another way"):
+        whole - part
+
+
+@given(length=st.integers(1, 20_000), where=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=30, deadline=None)
+def test_every_token_of_a_context_counts(length: int, where: float) -> None:
+    ids = tokens(length)
+    other = ids.clone()
+    other[int(where * length)] += 1
+    assert digest(ids) == digest(ids.clone()) != digest(other)
+    assert digest(ids) != digest(ids[:-1])
+
+
+def test_a_state_of_another_generator_is_refused_in_use() -> None:
+    model, adapter = ready()
+    state, mask = adapter.read(model, tokens(6)), torch.ones(2, 7)
+    trained = adapter.recall(adapter.record(model, IDS, mask), mask)
+    expected = logits(model, state=state)
+    with adapter.disabled():
+        others = []
+        for i, changed in enumerate(({"max_rank": 2}, {"norm": "frobenius"}, {"official": True}, {})):
+            other = aa.attach(model, replace(adapter.config, **changed), f"other-{i}")
+            assert isinstance(other, Generative)
+            other.load_tensors(adapter.tensors())
+            others.append(other)
+            other.enabled = False
+        twin = others[-1]
+        with torch.no_grad():
+            twin.generator(next(iter(twin.layer_of))).A1.weight.mul_(1.01)
+        for other in others:
+            other.enabled = True
+            for call in (
+                lambda: logits(model, state=state),
+                lambda: logits(model, state=[None, state]),
+                lambda: logits(model, state=trained),
+                lambda: logits(model, state=state, sees=torch.ones(2, 2).tril(-1), context_mask=mask),
+                lambda other=other: other.read(model, tokens(3), state=state),
+                lambda other=other: other.export(state),
+            ):
+                with pytest.raises(aa.BaseMismatchError, match=f"another generator than '{other.name}'"):
+                    call()
+            other.enabled = False
+        twin.load_tensors(adapter.tensors())
+        twin.enabled = True
+        torch.testing.assert_close(logits(model, state=state), expected)
+        same(twin.read(model, tokens(3), state=state), twin.read(model, tokens(3), state=state))
+        twin.enabled = False
+    torch.testing.assert_close(logits(model, state=state), expected)
+
+
+def test_what_is_kept_of_a_state_is_what_the_call_needs() -> None:
+    model, adapter = ready(official=True)
+    path = next(iter(adapter.layer_of))
+    state = adapter.read(model, tokens(2))  # fewer than max_rank: noise, which the guard of training drops
+    used = adapter.known(path, state)
+    adapter.train()
+    guarded = adapter.known(path, state)
+    assert used.any()
+    assert torch.equal(guarded, adapter.normalised(state.outer[path][None], torch.ones(1)))
+    adapter.eval()
+    assert adapter.known(path, state) is used
+    hidden = adapter.record(model, IDS, torch.ones(2, 7))
+    trained = adapter.recall(hidden, torch.ones(2, 7))
+    with torch.no_grad():
+        assert not adapter.known(path, trained).requires_grad
+    assert adapter.known(path, trained).requires_grad
+
+
+def test_states_without_a_recipe_are_for_use_alone() -> None:
+    model, adapter = ready()
+    state, mask = adapter.read(model, tokens(6)), torch.ones(2, 7)
+    for bare in (adapter.read_windows(model, IDS, mask), adapter.recall(adapter.record(model, IDS, mask), mask)):
+        for call in (state.__add__, state.__sub__, bare.__add__, bare.__sub__):
+            with pytest.raises(aa.ConfigError, match="does not say what was read into it"):
+                call(bare)
+        with pytest.raises(aa.ConfigError, match="does not say what was read into it"):
+            adapter.read(model, tokens(3), state=bare)
+        assert logits(model, state=bare).isfinite().all()
 
 
 def test_the_order_matters_when_windows_are_read_one_after_the_other() -> None:
@@ -381,7 +512,7 @@ def test_calls_that_are_refused() -> None:
         (lambda: adapter.read(model, [1, 2], mode="serial"), aa.ConfigError, "no mode 'serial'"),
         (lambda: adapter.export(state, 0), aa.ConfigError, "rank is 0"),
         (lambda: adapter.read(case("llama").build(), [1, 2]), aa.AttachError, "not attached to this model"),
-        (lambda: logits(model, state="yes"), aa.SignalError, "a str that holds nothing for"),
+        (lambda: logits(model, state="yes"), aa.SignalError, "is a str; expected a State"),
         (lambda: logits(model, state=[state] * 3), aa.SignalError, "3 states for 2 rows"),
     ):
         with pytest.raises(error, match=message):

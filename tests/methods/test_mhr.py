@@ -19,6 +19,7 @@ import anyadapter as aa
 from anyadapter.formats.layouts import by_name
 from anyadapter.methods.language.mhr import MHR, MHRConfig, Tasks
 from anyadapter.parts.routing import discreteness, efficiency, groups_of, sparsity
+from anyadapter.quantize import quantised
 from anyadapter.training.objectives import choice_loss, label_smoothed_loss
 
 NAMES = ("rte", "cb", "wic")
@@ -328,6 +329,42 @@ def test_a_new_task_beside_the_others_or_alone() -> None:
     torch.testing.assert_close(outputs("llama", model), evenly)
 
 
+@pytest.mark.parametrize("form", ["dense", "in training", "packed"])
+def test_all_ways_to_a_new_adapter_keep_the_scale_and_what_is_computed_with(form: str) -> None:
+    model = build("llama")
+    adapter = attached(model, alpha=3.0, granularity="layer", normalise=True)
+    adapter.scale, adapter.uniformity = 0.4, 0.5
+    if form != "dense":
+        aa.quantize(adapter, bits=2)
+    if form == "packed":
+        aa.pack(adapter)
+    before, one = (outputs("llama", model, task_ids=task) for task in (NAMES, "cb"))
+    news = {
+        "task": adapter.with_task("boolq", "copy:cb"),
+        "alone": adapter.with_task("boolq", "copy:cb", alone=True),
+        "splits": adapter.with_splits(8),
+        "collapsed": adapter.collapse("cb"),
+        "average": adapter.to_average(),
+    }
+    adapter.uniformity = 1.0
+    even, found = outputs("llama", model, task_ids="cb"), {}
+    aa.detach(model)
+    for way, new in news.items():
+        made = again(model, new)
+        assert made.scale == 1
+        assert not quantised(made)
+        signals = {"task": {"task_ids": NAMES}, "splits": {"task_ids": NAMES}, "alone": {"task_ids": "boolq"}}
+        found[way] = outputs("llama", model, **signals.get(way, {}))
+        if way == "task":
+            torch.testing.assert_close(outputs("llama", model, task_ids="boolq"), one, atol=1e-5, rtol=1e-5)
+        aa.detach(model, "new")
+    expected = {"task": before, "splits": before, "alone": one, "collapsed": one, "average": even}
+    for way in news:
+        torch.testing.assert_close(
+            found[way], expected[way], atol=1e-5, rtol=1e-5, msg=lambda m, way=way: f"{way}: {m}"
+        )
+
+
 def test_a_fresh_row_is_nearly_uniform_and_bad_starts_are_refused() -> None:
     adapter = attached(build("llama"))
     fresh = [t for n, t in adapter.with_task("x", alone=True)[1].items() if n.endswith("logits")]
@@ -496,8 +533,35 @@ def test_on_the_way_to_uniform() -> None:
     aa.detach(model)
     again(model, new)
     torch.testing.assert_close(model(x).detach(), end)
-    with pytest.raises(aa.ConfigError, match="0 to 1"):
-        adapter.uniformity = 2
+    assert new[0].uniformity == 0
+    for value in (2, -0.1, math.nan):
+        with pytest.raises(aa.ConfigError, match="0 to 1"):
+            adapter.uniformity = value
+    assert adapter.uniformity == 1
+    for selector in ("average", "private"):
+        other = attached(
+            nn.Sequential(nn.Linear(8, 8)), targets="0", selector=selector, tasks=NAMES * (selector != "average")
+        )
+        with pytest.raises(aa.ConfigError, match="0 where the weights are not learned"):
+            other.uniformity = 0.5
+
+
+@pytest.mark.parametrize("uniformity", [0.5, 1.0])
+def test_saved_on_the_way_to_uniform_it_computes_the_same(uniformity: float, tmp_path: Path) -> None:
+    model = build("llama")
+    adapter = attached(model, granularity="layer")
+    start = outputs("llama", model, task_ids=NAMES)
+    adapter.uniformity = uniformity
+    before = outputs("llama", model, task_ids=NAMES)
+    assert not torch.allclose(before, start, atol=1e-4)
+    aa.save_pretrained(model, tmp_path / "saved")
+    aa.detach(model)
+    loaded = aa.load(model, tmp_path / "saved")
+    assert torch.equal(outputs("llama", model, task_ids=NAMES), before)
+    assert isinstance(loaded, MHR)
+    assert loaded.uniformity == uniformity
+    loaded.uniformity = 0
+    assert torch.equal(outputs("llama", model, task_ids=NAMES), start)
 
 
 def test_a_compiled_model_routes_too() -> None:
@@ -561,6 +625,8 @@ def test_choice_loss_by_hand() -> None:
         ({"weights": "l2", "dropout": 0.1}, "another where"),
         ({"selector": "private"}, "skills is 8"),
         ({"selector": "average"}, "left out"),
+        ({"uniformity": 1.5}, "from 0 to 1"),
+        ({"selector": "private", "skills": 3, "uniformity": 0.5}, "0 where the weights are not learned"),
         ({"selector": "private", "skills": 3, "weights": "relaxed"}, "'learned' where"),
     ],
 )

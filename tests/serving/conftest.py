@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from served import lora, save_adapter
 from torch import nn
 
+import anyadapter as aa
 from anyadapter.serving.engine import Engine, EngineSettings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,12 +52,46 @@ def root(smollm_and_tokenizer: tuple[nn.Module, Any], tmp_path_factory: pytest.T
     outside = tmp_path_factory.mktemp("outside")
     shutil.copytree(root / "good", outside / "good")
     (root / "linked").symlink_to(outside / "good")
+    shutil.copytree(root / "good", root / "linked-file")
+    (root / "linked-file" / TENSORS).unlink()
+    (root / "linked-file" / TENSORS).symlink_to(outside / "good" / TENSORS)
+    save_adapter(model, root, "large", aa.PrefixConfig(tokens=1600), 0, dtype=torch.bfloat16)
+    for name, change in CONFIGS.items():
+        shutil.copytree(root / "good", root / name)
+        config = json.loads((root / name / CONFIG).read_text())
+        change(config["anyadapter"])
+        (root / name / CONFIG).write_text(json.dumps(config))
+    for name in ("overlap", "late"):
+        shutil.copytree(root / "good", root / name)
+        damage(root / name / TENSORS, overlap=name == "overlap")
     return root
 
 
-def write_header(path: Path, header: dict[str, Any]) -> None:
-    data = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(data)) + data + bytes(4))
+CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "layout": lambda ours: ours.update(layout=[]),
+    "method": lambda ours: ours.update(method={}),
+    "base-text": lambda ours: ours.update(base="x"),
+    "base-other": lambda ours: [t["values"].reverse() for t in ours["base"]["tensors"].values()],
+    "scale": lambda ours: ours.update(scale=float("nan")),
+}
+
+
+def write_header(path: Path, header: dict[str, Any], data: bytes = bytes(4)) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def damage(path: Path, overlap: bool) -> None:
+    """Two tensors in one place; or a header that is refused only when the values are read: its metadata is no Unicode."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    if overlap:
+        first, second, *_ = (name for name, entry in header.items() if name != "__metadata__" and "lora_A" in name)
+        header[second]["data_offsets"] = header[first]["data_offsets"]
+    else:
+        header["__metadata__"] = {"format": "\ud800"}
+    write_header(path, header, data)
 
 
 class Bomb:

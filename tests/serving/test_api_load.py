@@ -34,7 +34,9 @@ def test_a_full_queue_answers_at_once_and_says_when_to_come_back(live: Live) -> 
     assert ask(live, n=4).status_code == 200
     live.idle()
     too_many = ask(live, ["a", "b"], n=4)
-    assert too_many.status_code == 429, "more sequences than may wait were taken, or only some of them"
+    assert too_many.status_code == 400, "more sequences than may ever wait: to come back later is no help"
+    assert "retry-after" not in too_many.headers
+    assert error(too_many)["param"] == "n"
     assert live.in_engine(live.engine.stats)["waiting"] == 0
 
 
@@ -116,7 +118,9 @@ def test_a_slow_reader_holds_up_nobody_and_its_outputs_are_joined(live: Live) ->
     assert "".join(event["text"] for event in events) == ask(live, tokens=12).json()["choices"][0]["text"]
 
 
-def test_a_step_that_fails_ends_its_requests_only(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_ends_its_requests_only(
+    live: Live, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     quiet = ask(live, model="good").json()["choices"]
     real, failing = live.engine.forward, [True]
 
@@ -136,6 +140,8 @@ def test_a_step_that_fails_ends_its_requests_only(live: Live, monkeypatch: pytes
         assert error(bad.result())["type"] == "server_error"
         assert "secret" not in bad.result().text
         assert all(f.result().json()["choices"] == quiet for f in good)
+    assert "RuntimeError at test_api_load.py" in caplog.text
+    assert "secret" not in caplog.text
     assert live.http.get("/ready").status_code == 200
     assert ask(live, model="other").status_code == 200
 
@@ -185,6 +191,22 @@ def test_an_adapter_that_breaks_after_it_was_loaded(live: Live, admin: httpx.Cli
     shutil.rmtree(root / "fragile")
 
 
+def test_an_adapter_that_was_never_read_and_cannot_be(live: Live) -> None:
+    """As those found at the start: each request for it fails, beside a good one too, and no other one does."""
+    live.in_engine(lambda: live.engine.store.register("late", check=False))
+    quiet = ask(live, model="good").json()["choices"]
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(lambda: [ask(live, model="good", tokens=3).json()["choices"] for _ in range(4)])
+        for adapters in ({"good": 1.0, "late": 1.0}, {"late": 1.0}) * 2:
+            bad = ask(live, adapters=adapters)
+            assert bad.status_code == 500
+            assert "'late' cannot be read" in error(bad)["message"]
+        assert good.result() == [quiet] * 4
+    live.in_engine(lambda: live.engine.store.unload("late"))
+    live.idle()
+    assert live.http.get("/ready").status_code == 200
+
+
 # ---------------------------------------------------------------------- the end (these servers are the last)
 
 
@@ -213,13 +235,16 @@ def test_what_the_drain_cannot_wait_for_ends_with_an_error(shared: Live, engine:
     engine.check_integrity()
 
 
-def test_a_request_that_waits_too_long_for_its_first_token_is_given_up(shared: Live, engine: Engine) -> None:
-    live = second(engine, first_token_seconds=0.3)
+@pytest.mark.parametrize(("server", "own"), [(0.3, {}), (60.0, {"first_token_seconds": 0.3})])
+def test_a_request_that_waits_too_long_for_its_first_token_is_given_up(
+    shared: Live, engine: Engine, server: float, own: dict[str, float]
+) -> None:
+    live = second(engine, first_token_seconds=server)
     long = json.dumps(completion(tokens=400)).encode()
     connections = [raw(live, long) for _ in range(2)]
     live.until(lambda: holding(live, "running") == 2)
     for stream in (False, True):
-        late = ask(live, stream=stream)
+        late = ask(live, stream=stream, **own)
         assert (late.status_code, late.headers["retry-after"]) == (503, "1")
     for connection in connections:
         connection.close()

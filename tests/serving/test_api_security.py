@@ -144,13 +144,24 @@ def test_damaged_and_hostile_files_are_refused_while_others_are_served(
 ) -> None:
     quiet = ask(live, model="good").json()["choices"]
     names = sorted(path.name for path in root.iterdir() if path.name not in ("good", "other"))
-    assert len(names) == 11
+    assert len(names) == 20
+    stated = {
+        "overlap": "overlaps the one before",
+        "late": "SafetensorError",
+        "base-text": "malformed",
+        "base-other": "has other values than this one's",
+        "scale": "not a finite number",
+        "large": "1600 cells of the pool, which has room for 1499",
+        "linked-file": "leads out of the folder",
+    }
     with ThreadPoolExecutor(1) as pool:
         good = pool.submit(lambda: [ask(live, model="good").json()["choices"] for _ in range(4)])
         for name in names:
             got = admin.post("/v1/adapters", json={"name": f"new-{name}", "path": name})
             assert got.status_code == 400, (name, got.text)
             assert str(root) not in got.text, "the message tells where the folder is"
+            assert stated.get(name, "") in error(got)["message"], (name, got.text)
+            assert admin.put("/v1/adapters/good", json={"path": name}).status_code == 400
         assert good.result() == [quiet] * 4
     assert not (root.parent / "marker").exists(), "a pickle was executed"
     assert live.engine.store.names() == ["good", "other"]

@@ -15,6 +15,7 @@ from torch import nn
 import anyadapter as aa
 from anyadapter.core.errors import RequestError, UnknownAdapterError
 from anyadapter.serving.engine import Engine, EngineSettings
+from anyadapter.serving.loop import EngineLoop
 from anyadapter.serving.request import Request, Sampling
 
 TIE = 1e-3  # two logits closer than this are the same to fp32 sums of another order
@@ -324,3 +325,122 @@ def test_a_pass_that_breaks_is_undone(
         assert begun + tokens_of(said["a"]) == quiet
     engine.submit(greedy("after", (504, 260, 2), 6, a1=1.0))
     assert tokens_of(run(engine)["after"]) == quiet
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("words of a user"), KeyError("words of a user")], ids=repr)
+def test_an_adapter_that_the_pool_cannot_take_harms_nobody_else(
+    engine: Engine, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its cells, and the use of the adapter that was loaded before it, are given back."""
+    engine.submit(greedy("quiet", (504, 260, 2), 5, a1=1.0))
+    quiet = tokens_of(run(engine)["quiet"])
+    engine.submit(greedy("before", (504, 260, 2), 5, a1=1.0))
+    begun = tokens_of(engine.step())
+    free, size = engine.pool.left, engine.store.get("a0").cells
+    write = engine.pool.write
+
+    def broken(cells: Any, values: Any) -> None:
+        if len(cells) == size:
+            raise error
+        write(cells, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "write", broken)
+        engine.submit(greedy("bad", (504, 260, 2), 5, a1=1.0, a0=1.0))
+        engine.submit(greedy("after", (504, 260, 2), 5, a1=1.0))
+        outputs = engine.step()
+    engine.check_integrity()
+    (bad,) = [output for output in outputs if output.id == "bad"]
+    assert bad.finish == "error"
+    assert type(error).__name__ in bad.message
+    assert "words of a user" not in bad.message + caplog.text
+    assert engine.pool.left == free - 1 - 3, "a token of one request and three of the other"
+    begun += [token for output in outputs if output.id == "before" for token in output.tokens]
+    rest = run(engine)
+    assert begun + tokens_of(rest["before"]) == quiet
+    assert tokens_of([o for o in outputs if o.id == "after"] + rest["after"]) == quiet
+    engine.submit(greedy("again", (504, 260, 2), 5, a0=1.0))
+    assert run(engine)["again"][-1].finish == "length"
+
+
+def test_an_unforeseen_error_loses_nothing_that_was_made(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one request was given up, one could not start and one has ended, another one's text fails in the same step."""
+    loop = EngineLoop(engine)
+    late, waits = greedy("late", (1, 2), 4), greedy("waits", (1, 2), 4)
+    late.deadline = engine.clock() - 1
+    engine.submit(greedy("ends", (504, 260, 2), 2))
+    engine.submit(greedy("fails", (504, 260, 2), 5, a1=1.0))
+    engine.step()
+    engine.submit(late)
+    engine.store.register("a0", check=False)
+    engine.submit(greedy("cannot start", (504, 260, 2), 2, a0=1.0))
+    engine.store.get("a0").stamp = (0, 0)
+    text: Any = engine.sequences["fails"].text
+    monkeypatch.setattr(text, "decode", lambda _: {}[0])
+    with pytest.raises(KeyError) as raised:
+        engine.step()
+    engine.submit(waits)
+    outputs = loop.recover(engine, raised.value)
+    told = {output.id: (output.finish, len(output.tokens)) for output in outputs}
+    assert told == {"late": ("abort", 0), "cannot start": ("error", 0), "ends": ("length", 1), "fails": ("error", 0)}
+    assert len(outputs) == 4
+    assert loop.error is None
+    assert engine.held == {} == engine.samplers
+    assert engine.stats()["finished_length"] == 1
+    assert {id: o[-1].finish for id, o in run(engine).items()} == {"waits": "length"}
+
+
+def test_a_policy_that_fails_leaves_no_request_without_an_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken one out of the queue when it fails, before anybody could be told."""
+    loop, late = EngineLoop(engine), greedy("late", (1, 2), 4, a1=1.0)
+    late.deadline = engine.clock() - 1
+    engine.submit(late)
+    engine.submit(greedy("waits", (1, 2), 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.policy, "admit", lambda *_: {}[0])
+        with pytest.raises(KeyError) as raised:
+            engine.step()
+    assert [(o.id, o.finish) for o in loop.recover(engine, raised.value)] == [("late", "error")]
+    assert engine.held == {}
+    assert {id: o[-1].finish for id, o in run(engine).items()} == {"waits": "length"}
+
+
+def test_an_ended_request_cannot_end_again(engine: Engine) -> None:
+    engine.submit(greedy("r", (504, 260, 2), 4, a1=1.0))
+    engine.step()
+    request = engine.requests["r"]
+    for _ in range(2):
+        engine.end(request, "error", "once")
+    assert [output.message for output in engine.take()] == ["once"]
+    assert engine.stats()["finished_error"] == 1
+    engine.check_integrity()
+
+
+def test_the_least_recently_used_adapter_makes_room(smollm: nn.Module, folder: Path) -> None:
+    """Of three in the pool, whatever the order they came in; and none that a request still needs."""
+    sizes = Engine(smollm, settings=EngineSettings(cells=8000, adapters=str(folder)))
+    sizes.store.scan()
+    cells = {name: sizes.store.get(name).cells for name in ("a0", "a1", "a4", "a5")}
+    sizes.close()
+    engine = Engine(smollm, settings=EngineSettings(cells=sum(cells.values()) - cells["a5"] + 8, adapters=str(folder)))
+    engine.store.scan()
+
+    def serve(*names: str) -> list[str]:
+        for name in names:
+            engine.submit(greedy(name, (1, 2, 3), 2, **{name: 1.0}))
+            run(engine)
+        return [id.partition("@")[0] for id in engine.residents.by_id]
+
+    try:
+        assert serve("a0", "a4", "a1") == ["a0", "a4", "a1"]
+        assert serve("a0") == ["a4", "a1", "a0"]
+        assert engine.residents.evictions == 0
+        assert serve("a5") == ["a1", "a0", "a5"]
+        engine.submit(greedy("long", (1, 2, 3), 4, a1=1.0))
+        engine.step()
+        assert serve("a4") == ["a5", "a1", "a4"], "a0 was idle for longest; a1 was in use"
+        assert engine.residents.evictions == 2
+    finally:
+        engine.close()

@@ -171,6 +171,24 @@ def test_shrink_is_the_dense_product(backend: str, case: Case) -> None:
 
 
 @few
+@given(
+    rank=st.sampled_from([1, 3, 8, 12, 64]),
+    width=st.sampled_from([16, 50, 144, 577]),
+    cell=st.sampled_from([16, 48, 192]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_bits_are_unpacked_exactly(
+    backend: str, rank: int, width: int, cell: int, dtype: torch.dtype, seed: int
+) -> None:
+    """A product with columns of the identity gives the matrix itself, on every backend the same to the bit."""
+    at = torch.randint(0, width, (40,), generator=torch.Generator().manual_seed(seed))
+    case = packed([(len(at), rank)], width, cell, dtype, seed)
+    hidden = kernels(backend, dtype).shrink(F.one_hot(at, width).to(dtype), case.pool, case.rows)
+    assert torch.equal(hidden.view(len(at), rank), case.dense[0].T[at].float())
+
+
+@few
 @given(case=cases, strided=st.booleans())
 def test_expand_adds_the_dense_product(backend: str, case: Case, strided: bool) -> None:
     hidden = torch.randn(case.rows.total, generator=torch.Generator().manual_seed(1))

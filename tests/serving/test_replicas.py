@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from anyadapter.serving.loop import EngineLoop
 from anyadapter.serving.replicas import Front, Head, Inside, Message, deploy
 from anyadapter.serving.router import Router, RouterSettings
 
+ADMIN = "admin-key"
 NAMES = [f"replica-{i}" for i in range(8)]
 ADAPTERS = [f"adapter-{i}" for i in range(2000)]
 
@@ -172,6 +174,16 @@ def test_a_full_replica_is_passed_over_and_a_full_cluster_says_so() -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
 
 
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_replica_that_refuses_is_down_only_if_it_says_so(ready: bool) -> None:
+    """Where no token came in time for one request, it serves others."""
+    late = Scripted(Head(503, []), b"late")
+    late.ready = ready
+    both = front(a=late, b=Scripted(*OK))
+    assert ask(both).status_code == 200
+    assert both.router.replicas["a"].down is not ready
+
+
 def test_a_request_that_kills_replicas_does_not_kill_them_all() -> None:
     replicas = {name: Scripted(DEAD) for name in "abcd"}
     answer = ask(front(**replicas))
@@ -199,7 +211,8 @@ def test_a_replica_that_died_is_asked_again_when_it_is_ready() -> None:
 
 
 def test_changes_of_adapters_go_to_all_and_the_worst_answer_is_given() -> None:
-    all = front(a=Scripted(*OK), b=Scripted(Head(404, []), b"no"), c=Scripted(*OK))
+    made = (Head(200, []), b'{"id": "x", "deleted": true}')
+    all = front(a=Scripted(*made), b=Scripted(Head(404, []), b"no"), c=Scripted(*made))
 
     async def work() -> int:
         async with client(all) as http:
@@ -207,6 +220,16 @@ def test_changes_of_adapters_go_to_all_and_the_worst_answer_is_given() -> None:
 
     assert asyncio.run(work()) == 404
     assert [len(replica.asked) for replica in all.replicas.values()] == [1, 1, 1]
+    assert all.changes == {"x": None}
+
+
+def test_a_change_that_no_replica_can_make_now_is_refused() -> None:
+    async def work() -> httpx.Response:
+        async with client(front(a=Scripted(DEAD), b=Scripted(Head(503, []), b"loading"))) as http:
+            return await http.delete("/v1/adapters/x")
+
+    answer = asyncio.run(work())
+    assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
 
 
 def test_bodies_are_bounded_and_need_not_make_sense() -> None:
@@ -267,12 +290,24 @@ def bodies(count: int, tokens: int = 12) -> list[dict[str, Any]]:
 
 
 class Mortal(Inside):
-    """An application that can be killed with all that it is doing."""
+    """An application that can be killed with all that it is doing, and started again."""
 
-    def __init__(self, app: Any) -> None:
-        super().__init__(app)
+    def __init__(self, root: Path) -> None:
+        self.root, self.loops = root, list[EngineLoop]()
         self.death = asyncio.Event()
         self.answered = 0
+
+    async def start(self) -> None:
+        """Begin, with all that is in the folder of adapters."""
+        from anyadapter.serving.api import create_app
+
+        loop = EngineLoop(partial(make_engine, self.root))
+        self.loops.append(loop)
+        settings = ServerSettings(model_name="base", admin_key=ADMIN, allow_adapter_updates=True)
+        super().__init__(create_app(loop, settings))
+        loop.start()
+        await loop.loaded.wait()
+        self.death.clear()
 
     async def ask(self, message: Message) -> AsyncIterator[Head | bytes]:
         pieces = super().ask(message)
@@ -286,7 +321,8 @@ class Mortal(Inside):
                     following.cancel()
                     await asyncio.gather(following, return_exceptions=True)
                     raise DEAD
-                yield following.result()
+                piece = following.result()
+                yield replace(piece, born=str(len(self.loops))) if isinstance(piece, Head) else piece
         except StopAsyncIteration:
             self.answered += 1
         finally:
@@ -294,22 +330,18 @@ class Mortal(Inside):
 
 
 async def with_engines(root: Path, work: Callable[[Front, httpx.AsyncClient], Awaitable[Any]]) -> Any:
-    from anyadapter.serving.api import create_app
-
-    loops = [EngineLoop(partial(make_engine, root)) for _ in range(2)]
-    settings = ServerSettings(model_name="base")
-    replicas = {f"replica-{i}": Mortal(create_app(loop, settings)) for i, loop in enumerate(loops)}
-    for loop in loops:
-        loop.start()
-        await loop.loaded.wait()
+    replicas = {f"replica-{i}": Mortal(root) for i in range(2)}
+    for replica in replicas.values():
+        await replica.start()
     both = Front(replicas, model_name="base", settings=RouterSettings(probe=0.05, unloaded=3))
     try:
         async with client(both) as http:
             http.timeout = httpx.Timeout(60)
             return await work(both, http)
     finally:
-        for loop in loops:
-            await loop.close()
+        for replica in replicas.values():
+            for loop in replica.loops:
+                await loop.close()
 
 
 def texts(answers: list[httpx.Response]) -> list[str]:
@@ -335,12 +367,67 @@ def test_killing_one_of_two_loses_no_request(root: Path) -> None:
         assert stats["down"] == ["replica-0"]
         assert 0.3 < stats["hit_rate"] < 1
         assert (await http.post("/v1/completions", json={**bodies(1)[0], "model": "nobody"})).status_code == 404
-        victim.death.clear()  # it starts again
+        await victim.start()
         while both.router.replicas["replica-0"].down:
             await asyncio.sleep(0.01)
         before = victim.answered
         assert texts([await http.post("/v1/completions", json=body) for body in bodies(14)]) == quiet
         assert victim.answered > before
+
+    asyncio.run(with_engines(root, work))
+
+
+def test_a_replica_that_starts_again_is_told_of_all_changes(root: Path) -> None:
+    """It finds in the folder what was there before; the changes are made once with both, once while one is down."""
+
+    async def work(both: Front, http: httpx.AsyncClient) -> None:
+        one, other = both.replicas.values()
+        http.headers["authorization"] = f"Bearer {ADMIN}"
+
+        async def change(method: str, name: str, path: str | None = None) -> int:
+            at = "/v1/adapters" if method == "POST" else f"/v1/adapters/{name}"
+            body = {"path": path, **({"name": name} if method == "POST" else {})} if path else None
+            return (await http.request(method, at, json=body)).status_code
+
+        async def says(name: str) -> str | int:
+            answer = await http.post("/v1/completions", json={**bodies(1)[0], "model": name})
+            return answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.status_code
+
+        async def until_both_are_up() -> None:
+            while any(replica.down for replica in both.router.replicas.values()):
+                await asyncio.sleep(0.01)
+
+        before = {f"a{i}": await says(f"a{i}") for i in range(6)}
+        assert len(set(before.values())) == 6, "the adapters differ"
+        assert [await change("DELETE", "a0"), await change("PUT", "a1", "a2"), await change("POST", "b", "a3")] == [
+            200,
+            200,
+            201,
+        ]
+        one.death.set()
+        assert [await change("DELETE", "a4"), await change("PUT", "b", "a5"), await change("POST", "c", "a3")] == [
+            200,
+            200,
+            201,
+        ]
+        assert await change("PUT", "a5", "nowhere") == 404
+        wanted = {"a0": 404, "a1": before["a2"], "a2": before["a2"], "a4": 404, "a5": before["a5"], "b": before["a5"]}
+        wanted["c"] = before["a3"]
+        assert {name: await says(name) for name in wanted} == wanted
+        await one.start()
+        await until_both_are_up()
+        other.death.set()
+        answered = one.answered
+        assert {name: await says(name) for name in wanted} == wanted, "the one that was down has them now"
+        assert one.answered >= answered + len(wanted)
+        await other.start()
+        await until_both_are_up()
+        await other.start()  # died and came back while nothing was asked of it
+        assert {name: await says(name) for name in wanted} == wanted
+        await until_both_are_up()
+        one.death.set()
+        assert {name: await says(name) for name in wanted} == wanted
+        assert set(both.changes) == {"a0", "a1", "a4", "b", "c"}
 
     asyncio.run(with_engines(root, work))
 

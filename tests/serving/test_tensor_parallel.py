@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import anyadapter as aa
 from anyadapter.core.errors import AnyAdapterError, TargetError
 from anyadapter.formats.files import CONFIG, TENSORS
 from anyadapter.formats.native import KEY
+from anyadapter.serving import split
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.request import Request, Sampling
 from anyadapter.serving.split import Split
@@ -38,6 +41,7 @@ OTHERS = {
     "beside": aa.BottleneckConfig(placement="parallel_block", width=8, activation="relu", scaling="learned", bias=True),
 }
 PROMPT = (5, 9, 3, 11, 7, 2, 8)
+POISON = 1  # a token that no test's model says
 SIZES = {"cells": 1500, "step_tokens": 16, "max_running": 16}
 
 
@@ -77,26 +81,57 @@ def work(rank: int, size: int, folder: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/base", distributed_config=config, dtype=torch.float32)
     found["loaded"] = on_family(loaded.eval(), f"{folder}/llama")
     found["trouble"] = on_trouble(case("llama").build(), f"{folder}/llama")
-    found["lost"] = left_alone(case("llama").build())
+    split.PATIENCE = timedelta(seconds=2)
+    found["lost"] = on_poison(case("llama").build())
     torch.save(found, f"{folder}/found-{rank}.pt")
     os._exit(0)  # torch's own threads now and then abort a process that takes its group down
 
 
-def left_alone(model: Any) -> list[str]:
-    """The second process leaves; what the steps of the first one raise, and whether its cells are in order."""
+def on_poison(model: Any) -> list[str]:
+    """The second process alone fails in a pass, and leaves; what each of them raises."""
     engine = SplitEngine(model.requires_grad_(False), settings=EngineSettings(**SIZES))
     if not engine.leads:
-        while not any(what == "step" for what, *_ in engine.split.share()):
-            pass
-        return []
-    engine.submit(greedy("r", PROMPT, 4))
-    raised = []
+        poison(model)
+        with pytest.raises(AnyAdapterError) as raised:
+            engine.follow()
+        return [f"{raised.typename}: {raised.value}"]
+    engine.submit(greedy("r", (*PROMPT, POISON), 4))
+    errors = []
     for _ in range(3):
-        try:
+        with pytest.raises(AnyAdapterError) as raised:
             engine.step()
-        except Exception as error:
-            raised.append(type(error).__name__)
-    return raised
+        errors.append(raised.typename)
+    engine.cancel("r")
+    engine.check_integrity()
+    engine.close()
+    return errors
+
+
+def poison(model: Any) -> None:
+    """Let passes that read a certain token fail in the middle."""
+    read: list[bool] = []
+
+    def look(module: Any, args: tuple[Tensor]) -> None:
+        read.append(bool((args[0] == POISON).any()))
+
+    def fail(module: Any, args: Any) -> None:
+        if read[-1]:
+            raise RuntimeError("injected")
+
+    model.model.embed_tokens.register_forward_pre_hook(look)
+    model.model.layers[1].register_forward_pre_hook(fail)
+
+
+def cannot_load(engine: SplitEngine, adapter: str) -> None:
+    """Let this process have no room for an adapter that it has read."""
+    load = engine.residents.load
+
+    def fail(id: str, *what: Any) -> Any:
+        if id.startswith(f"{adapter}@"):
+            raise torch.OutOfMemoryError("injected")
+        return load(id, *what)
+
+    engine.residents.load = fail  # type: ignore[method-assign]
 
 
 def on_family(model: Any, folder: str) -> dict[str, Any]:
@@ -118,23 +153,40 @@ def on_trouble(model: Any, folder: str) -> dict[str, Any]:
     """Registering, replacing, cancelling, files that one process cannot read; and how many bytes go over the wire."""
     engine = SplitEngine(model.requires_grad_(False), settings=EngineSettings(**SIZES, adapters=folder))
     found: dict[str, Any] = {}
+    raised = [disagree(engine.split, rank) for rank in range(2)]
+    poison(model)
+    if not engine.leads:
+        cannot_load(engine, "a5")
     if engine.leads:
         found = trouble(engine)
         engine.close()
     else:
         engine.follow()
     engine.check_integrity()
-    return found | {"names": engine.store.names(), "stats": engine.stats()}
+    return found | {"names": engine.store.names(), "stats": engine.stats(), "raised": raised}
+
+
+def disagree(group: Split, rank: int) -> str:
+    """What comes of an action that fails in one process, in a way that was not foreseen."""
+
+    def action() -> None:
+        if group.rank == rank:
+            raise ValueError("injected")
+
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  # an ArtefactError is one
+        group.agree(action)
+    return raised.typename
 
 
 def trouble(engine: SplitEngine) -> dict[str, Any]:
-    for name in ("a3", "a16"):
+    for name in ("a3", "a5", "a16"):
         engine.store.register(name)
     for name in ("nan", "nobody"):
         with pytest.raises(AnyAdapterError):
             engine.store.register(name)
     engine.store.register("nan", check=False)
     engine.submit(greedy("bad", PROMPT, 4, nan=1.0))
+    engine.submit(greedy("large", PROMPT, 4, a5=1.0))
     engine.submit(greedy("good", PROMPT, 4, a3=1.0))
     engine.submit(greedy("gone", PROMPT, 40, a16=1.0))
     early = engine.step()
@@ -145,13 +197,16 @@ def trouble(engine: SplitEngine) -> dict[str, Any]:
     engine.store.register("a3", "a16")
     engine.submit(greedy("new", PROMPT, 4, a3=1.0))
     new = run(engine)["new"]
+    engine.submit(greedy("poisoned", (*PROMPT, POISON), 4))
+    outputs |= run(engine)
     engine.store.unload("nan")
     engine.split.traffic.clear()
     engine.submit(greedy("counted", PROMPT, 1, a16=1.0))
     engine.submit(greedy("base", PROMPT, 1))
     engine.step()
     said = {"good": tokens_of(outputs["good"]), "new": tokens_of(new)}
-    return said | {"bad": outputs["bad"][-1], "traffic": dict(engine.split.traffic)}
+    failed = {name: outputs[name][-1] for name in ("bad", "large", "poisoned")}
+    return said | failed | {"traffic": dict(engine.split.traffic)}
 
 
 # -------------------------------------------------------------------------- compared with one
@@ -239,8 +294,10 @@ def test_two_processes_say_what_one_says(name: str, both: list[dict[str, Any]], 
 
 def test_what_fails_in_one_process_fails_in_both(both: list[dict[str, Any]], folder: Path) -> None:
     first, second = (found["trouble"] for found in both)
-    assert first["bad"].finish == "error"
-    assert "Another of the model's processes" in first["bad"].message
+    for name in ("bad", "large"):
+        assert first[name].finish == "error"
+        assert "Another of the model's processes" in first[name].message
+    assert first["poisoned"].message == "The model could not compute this request (RuntimeError)."
     model = case("llama").build()
     engine = Engine(model, settings=EngineSettings(**SIZES, adapters=str(folder / "llama")))
     for name in ("a3", "a16"):
@@ -249,15 +306,28 @@ def test_what_fails_in_one_process_fails_in_both(both: list[dict[str, Any]], fol
     alone = {id: tokens_of(outputs) for id, outputs in run(engine).items()}
     assert first["good"] == alone["a3"]
     assert first["new"] == alone["a16"], "replaced in both"
-    assert first["names"] == second["names"] == ["a16", "a3"]
-    assert first["stats"] == second["stats"]
+    assert first["names"] == second["names"] == ["a16", "a3", "a5"]
+    own = re.compile("adapter_|adapters_|cells_")  # what one could load and another could not
+    decided, also = ({k: v for k, v in found["stats"].items() if not own.match(k)} for found in (first, second))
+    assert decided == also
+    assert first["stats"]["finished_error"] == 3
     assert first["stats"]["finished_cancel"] == 1
     check_traffic(first["traffic"], model.config)
 
 
-def test_a_process_that_is_gone_is_no_request_s_fault(both: list[dict[str, Any]]) -> None:
+def test_a_process_that_fails_alone_ends_them_all_and_is_no_request_s_fault(both: list[dict[str, Any]]) -> None:
     """The error passes through the engine to whoever runs it, so that a server stops being ready."""
     assert both[0]["lost"] == ["LostError"] * 3
+    assert both[1]["lost"] == [
+        "LostError: This process has failed where others have not (RuntimeError); start them all again."
+    ]
+
+
+def test_whatever_an_action_raises_is_agreed(both: list[dict[str, Any]]) -> None:
+    assert [found["trouble"]["raised"] for found in both] == [
+        ["ValueError", "ArtefactError"],
+        ["ArtefactError", "ValueError"],
+    ]
 
 
 def check_traffic(bytes: dict[str, int], config: Any, n: int = 2) -> None:

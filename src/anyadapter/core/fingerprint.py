@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from anyadapter.core.errors import BaseMismatchError
+from anyadapter.core.errors import ArtefactError, BaseMismatchError
 from anyadapter.core.host import Host
 
 TENSORS, VALUES = 16, 8  # how many tensors are sampled, and how many values of each
@@ -44,8 +44,11 @@ def check_fingerprint(host: Host, expected: dict[str, Any], own: dict[str, Any] 
         own: the base's own fingerprint, where its values are not at hand because it is split over several devices.
 
     Raises:
+        ArtefactError: it has not the form of a fingerprint.
         BaseMismatchError: a tensor is missing, has another shape or other values.
     """
+    if not is_fingerprint(expected):
+        raise ArtefactError("What the adapter's file says of the base it was trained on is malformed.")
     named = host.model.state_dict()
     trained_on = f"The adapter was trained on a {expected.get('class', 'different model')}"
     advice = "Load it on that base, or pass check_base=False if you know that the two are the same."
@@ -60,9 +63,22 @@ def check_fingerprint(host: Host, expected: dict[str, Any], own: dict[str, Any] 
             )
         if "values" not in mine or "values" not in sample:
             continue
-        here, there = torch.tensor(mine["values"]), torch.tensor(sample["values"])
+        here, there = (torch.tensor(values, dtype=torch.float32) for values in (mine["values"], sample["values"]))
         if (here - there).norm() > TOLERANCE * there.norm().clamp(min=1e-6):
             raise BaseMismatchError(f"{trained_on} whose {name} has other values than this one's. {advice}")
+
+
+def is_fingerprint(value: Any) -> bool:
+    """Whether a value read from a file has the form of :func:`fingerprint`'s result."""
+    tensors = value.get("tensors", {}) if isinstance(value, dict) else None
+    return isinstance(tensors, dict) and all(isinstance(s, dict) and _is_sample(s) for s in tensors.values())
+
+
+def _is_sample(sample: dict[str, Any]) -> bool:
+    values = sample.get("values", [0.0] * VALUES)
+    if not isinstance(sample.get("shape"), list) or not isinstance(values, list) or len(values) != VALUES:
+        return False
+    return all(isinstance(v, float) or (type(v) is int and abs(v) < 1 << 63) for v in values)
 
 
 def _sample(tensor: torch.Tensor) -> dict[str, Any]:

@@ -94,6 +94,12 @@ def write_official(adapter: Adapter) -> bytes:
             "The authors' file holds adapters of 1 to 8 bits with a new head of 1 bit or fp32; this one has "
             f"bits={config.bits}, head_classes={config.head_classes} and head_bits={config.head_bits}."
         )
+    for name, bits in quantised(adapter).items():
+        if bits != (config.head_bits if ".head." in name else config.bits):
+            raise ArtefactError(
+                f"{name} was quantised to {bits} bits, of which these settings, and a reader of the authors' file, know nothing; "
+                "save it with save_pretrained."
+            )
     size(adapter)
     codes, parts = packed(adapter), []
     for name, tensor in adapter.tensors().items():

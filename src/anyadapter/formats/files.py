@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, after checking every promise its header makes.
 
     Raises:
-        ArtefactError: truncated, oversized, malformed, or of a dtype no adapter has.
+        ArtefactError: truncated, oversized, malformed, with gaps or overlaps, or of a dtype no adapter has.
     """
     if not path.is_file():
         raise ArtefactError(f"{path} does not exist.")
@@ -87,23 +87,32 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             raise ArtefactError(f"{path} has a damaged header; download or save it again.") from None
     if not isinstance(header, dict):
         raise ArtefactError(f"{path} has a damaged header; download or save it again.")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(type(v) is str for v in metadata.values())):
+        raise ArtefactError(f"{path}: __metadata__ is malformed; its values are texts.")
     if len(header) > MAX_TENSORS:
         raise ArtefactError(f"{path} declares {len(header)} tensors; the limit is {MAX_TENSORS}.")
-    shapes, end = {}, 0
+    shapes, places = {}, []
     for name, entry in header.items():
         try:
             dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in (*shape, first, last))
         except (KeyError, TypeError, ValueError):
             sound, dtype, shape, first, last = False, "", (), 0, 0
-        if not sound:
+        if not sound or not isinstance(dtype, str):
             raise ArtefactError(f"{path}: the entry of {name[:200]!r} is malformed.")
         if dtype not in ITEM_BYTES:
             raise ArtefactError(f"{path}: {name[:200]!r} has dtype {dtype!r}; expected one of {', '.join(ITEM_BYTES)}.")
         if last - first != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ArtefactError(f"{path}: {name[:200]!r} declares shape {shape} but {last - first} bytes.")
-        shapes[name], end = shape, max(end, last)
+        shapes[name] = shape
+        places.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(places):
+        if first != end:
+            what = "overlaps the one before" if first < end else "leaves a gap before it"
+            raise ArtefactError(f"{path}: {name[:200]!r} {what}; download or save it again.")
+        end = last
     if end != size - 8 - length:
         raise ArtefactError(
             f"{path} holds {size - 8 - length} bytes of tensors, its header says {end}: truncated or damaged."

@@ -73,7 +73,7 @@ class FastLora:
         common = {"peft_type": KIND, "task_type": "CAUSAL_LM", "auto_mapping": None, "revision": None}
         named = {"fastlora_param": targets, "target_modules": targets, "fastlora_merge": merge}
         theirs = names(adapter)
-        tensors = {theirs[name]: tensor for name, tensor in adapter.tensors().items()}
+        tensors = {theirs[name]: tensor for name, tensor in adapter.values().items()}
         return common | settings | named | IDLE | ABSENT, tensors
 
     def reads(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
@@ -131,10 +131,12 @@ def save_state(state: State, path: str | Path) -> Path:
     """Write a state to a ``.safetensors`` file: S of every linear, and what it was read with.
 
     Raises:
-        ArtefactError: it has no recipe: it was made in training.
+        ArtefactError: it has no recipe: it was made in training, or of windows cut already.
     """
     if not state.recipe:
-        raise ArtefactError("A state made in training is not saved; read the context with adapter.read(...).")
+        raise ArtefactError(
+            "A state made in training, or of windows cut already, is not saved; read the context with adapter.read(...)."
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.outer.items()}
     metadata = {METADATA: json.dumps({"windows": state.windows, "recipe": state.recipe})}
     save_file(tensors, path, metadata=metadata)
@@ -143,6 +145,9 @@ def save_state(state: State, path: str | Path) -> Path:
 
 def load_state(path: str | Path, model: nn.Module, name: str = "default", *, check_base: bool = True) -> State:
     """A saved state, for the adapter attached under ``name``.
+
+    One saved before it was noted what was known when each context was read is used, extended and added as others are;
+    nothing can be forgotten of it.
 
     Raises:
         ArtefactError: the file is damaged, no state, or does not fit the adapter.
@@ -157,6 +162,7 @@ def load_state(path: str | Path, model: nn.Module, name: str = "default", *, che
         found = json.loads(text)
         windows, recipe = found["windows"], found["recipe"]
         sound = type(windows) is int and windows >= 0 and isinstance(recipe["reads"], list)
+        sound = sound and all(is_entry(read, i) for i, read in enumerate(recipe["reads"]))
         config, base, generator = (recipe[part] for part in ("config", "base", "generator"))
     except (ValueError, TypeError, KeyError):
         sound = False
@@ -165,7 +171,7 @@ def load_state(path: str | Path, model: nn.Module, name: str = "default", *, che
     if not isinstance(adapter, Generative):
         raise ArtefactError(f"{path} is the state of a GenerativeAdapter; {name!r} is a {type(adapter).__name__}.")
     mine = adapter.nothing(host)
-    if (config, generator) != (mine.recipe["config"], mine.recipe["generator"]):
+    if {"config": config, "generator": generator} != adapter.signature():
         raise BaseMismatchError(f"{path} was read by another generator than {name!r}; read the context again.")
     if check_base:
         check_fingerprint(host, base)
@@ -173,7 +179,15 @@ def load_state(path: str | Path, model: nn.Module, name: str = "default", *, che
     if shapes != {key: tuple(tensor.shape) for key, tensor in mine.outer.items()}:
         raise ArtefactError(f"{path} does not hold one matrix for each of the {len(mine.outer)} linears of {name!r}.")
     outer = {key: tensors[key].to(tensor) for key, tensor in mine.outer.items()}
-    return State(outer, windows, recipe)
+    return State(outer, windows, recipe, set(mine.readers))
+
+
+def is_entry(read: Any, before: int) -> bool:
+    """Whether a state's file has a context where one must be, behind ``before`` others."""
+    if not isinstance(read, dict) or type(read.get("tokens")) is not int or not isinstance(read.get("context"), str):
+        return False
+    after = read.get("after", 0)
+    return type(after) is int and 0 <= after <= before
 
 
 def save_lora(
@@ -194,6 +208,7 @@ def save_lora(
 
     Raises:
         ArtefactError: the adapter under ``name`` is none that reads contexts, or the folder cannot be written.
+        BaseMismatchError: another generator has read the state.
     """
     host = Host.of(model)
     adapter = get(host, name)

@@ -61,7 +61,7 @@ def read_official(
 def write_official(adapter: IPAdapter) -> dict[str, Tensor]:
     """An adapter's tensors under the published names, for ``safetensors.torch.save_file``."""
     names = official_names([placement.path for placement in adapter.placements])
-    mine = adapter.tensors()
+    mine = adapter.values()
     return {theirs: mine[ours].detach().contiguous() for ours, theirs in names.items()}
 
 

@@ -306,8 +306,8 @@ def ours(tensors: Mapping[str, Tensor], trial: Adapter, host: Host, names: Layou
 
 
 def in_layers(adapter: Adapter, idle: bool) -> dict[str, Tensor]:
-    """An adapter's tensors, the gates of layers without prompts (which come first) each by itself, or left out."""
-    tensors = adapter.tensors()
+    """An adapter's values, the gates of layers without prompts (which come first) each by itself, or left out."""
+    tensors = adapter.values()
     for kind in GATES:
         for i, gate in enumerate(tensors.pop(f"idle_{kind}s", ())):
             tensors |= {f"layers.{i}.self_attn.{kind}": gate} if idle else {}

@@ -81,15 +81,26 @@ def write_official(adapter: Adapter, *, prefix: str = "", trained_only: bool = F
         trained_only: a selector that linears share once, under the first, and no ``module_probs``.
 
     Raises:
-        ArtefactError: it is an adapter of another method.
+        ArtefactError: it is an adapter of another method, or has a scale or a uniformity, which the file has no place for.
     """
     if not isinstance(adapter, MHR):
         raise ArtefactError(f"A {type(adapter).__name__} does not fit the file of an MHR.")
-    mine, config = adapter.tensors(), adapter.config
+    if (why := unplaced(adapter)) is not None:
+        raise ArtefactError(f"The authors' file cannot hold {adapter.name!r}: {why}.")
+    mine, config = adapter.values(), adapter.config
     named = mine if trained_only else {name: mine[first] for name, first in adapter.aliases().items()}
     if config.selector == "average" and not trained_only:
         named = named | {path + PROBS: uniform(config) for path in adapter.routed_branches()}
     return {prefix + name: tensor.detach().cpu().clone() for name, tensor in named.items()}
+
+
+def unplaced(adapter: MHR) -> str | None:
+    """Why no file of others can hold an adapter as it acts now, or ``None``."""
+    if adapter.uniformity:
+        return f"its uniformity is {adapter.uniformity:g}; set it to 0, or write what to_average() gives"
+    if adapter.scale != 1:
+        return f"its scale is {adapter.scale:g}; set it to 1 and multiply alpha by it, lora_alpha in their settings"
+    return None
 
 
 def contents(source: str | Path | Mapping[str, Tensor], allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -307,7 +318,8 @@ class PeftPoly:
             "target_modules": shortest((p.path for p in adapter.placements), adapter.base_paths),
             "init_weights": True,
         }
-        return config, {theirs: adapter.tensors()[name] for name, theirs in peft_names(adapter).items()}
+        values = adapter.values()
+        return config, {theirs: values[name] for name, theirs in peft_names(adapter).items()}
 
 
 def peft_names(adapter: Adapter) -> dict[str, str]:
@@ -321,6 +333,8 @@ def misfit(adapter: Adapter) -> str | None:
     config: Any = adapter.config
     if not isinstance(adapter, MHR):
         return "it knows MHR alone"
+    if adapter.uniformity:
+        return unplaced(adapter)
     if config.selector != "learned" or config.granularity != "linear":
         return "each linear there has a learned selector of its own"
     if config.alpha * adapter.scale != 1:

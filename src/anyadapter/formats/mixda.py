@@ -88,14 +88,14 @@ def write_official(adapter: Adapter, *, numbered: bool = True) -> dict[str, dict
     assert isinstance(adapter, MixDA)
     if not numbered and len(adapter.config.branches) > 2:
         raise ArtefactError("Keys without numbers hold one domain a file; this adapter has several.")
-    found: dict[str, dict[str, Tensor]] = {}
+    found, values = {}, adapter.values()
     for path, mixture in adapter.mixtures.items():
         layer = next(part for part in path.split(".") if part.isdigit())
-        for k, ka in enumerate(mixture.kas):
+        for k in range(len(mixture.kas)):
             key = f"{layer}-{k}-adapter" if numbered else f"{layer}-adapter"
-            found[key] = {theirs(leaf): copied(tensor) for leaf, tensor in ka.state_dict().items()}
+            found[key] = {theirs(leaf): copied(tensor) for leaf, tensor in inside(values, f"{path}.kas.{k}.")}
         if mixture.gating is not None:
-            found[f"{layer}-gating"] = {leaf: copied(tensor) for leaf, tensor in mixture.gating.state_dict().items()}
+            found[f"{layer}-gating"] = {leaf: copied(tensor) for leaf, tensor in inside(values, f"{path}.gating.")}
     return found
 
 
@@ -151,7 +151,7 @@ def write_model(adapter: Adapter, task: str = "domain") -> dict[str, Tensor]:
     """
     check_writable(adapter)
     named = {}
-    for name, tensor in adapter.tensors().items():
+    for name, tensor in adapter.values().items():
         if ".kas." in name or ".task." in name:
             name = theirs(name).replace(".task.", f".adapters.{task}.")
         named[name.replace(".whole.", ".")] = copied(tensor)
@@ -264,6 +264,11 @@ def ours(leaf: str) -> str:
 
 def theirs(leaf: str) -> str:
     return leaf.replace("adapter_down.", "adapter_down.0.")
+
+
+def inside(tensors: Mapping[str, Tensor], path: str) -> list[tuple[str, Tensor]]:
+    """The tensors below a path that ends with a dot, by the rest of their names."""
+    return [(name.removeprefix(path), tensor) for name, tensor in tensors.items() if name.startswith(path)]
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -190,8 +190,9 @@ def keys(adapter: Adapter) -> dict[str, str]:
 
 
 def named(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors by their keys."""
-    return {key: adapter.tensors()[name] for name, key in keys(adapter).items()}
+    """The values by their keys."""
+    values = adapter.values()
+    return {key: values[name] for name, key in keys(adapter).items()}
 
 
 def write_official(adapter: Adapter, folder: str | Path, model: Any) -> None:

@@ -121,6 +121,6 @@ def write_official(adapter: Adapter, relation: str | None = None) -> dict[str, T
         prefix = f"experts.{relations.index(relation)}."
     return {
         name.removeprefix(prefix): tensor.detach().cpu().clone()
-        for name, tensor in adapter.tensors().items()
+        for name, tensor in adapter.values().items()
         if name.startswith(prefix)
     }

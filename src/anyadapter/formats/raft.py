@@ -129,7 +129,7 @@ def write_official(model: nn.Module, name: str = "default", *, older: bool = Fal
         raise ArtefactError(
             f"A {type(adapter).__name__} on {host.describe()} does not fit a checkpoint of RAFT's authors."
         )
-    mine = adapter.tensors()
+    mine = adapter.values()
     if adapter.config.method == PREDICTOR:
         spelled = OLD_POOLER if older else POOLER
         state = encoder_state(host, adapter, "")
@@ -241,11 +241,12 @@ def trained(
 
 def encoder_state(host: Host, adapter: Adapter, path: str) -> dict[str, Tensor]:
     """The encoder as it runs, under the authors' keys: trained modules, and low-rank updates added to their weights."""
-    state = {k: t for k, t in host.model.state_dict().items() if k.startswith(path)}
+    state, values = {k: t for k, t in host.model.state_dict().items() if k.startswith(path)}, adapter.values()
     for placement in adapter.placements:
         branch: Any = placement.branch
         if isinstance(branch, Whole):
-            state |= {f"{placement.path}.{key}": tensor for key, tensor in branch.whole.state_dict().items()}
+            held = f"{placement.path}.whole."
+            state |= {f"{placement.path}.{k.removeprefix(held)}": t for k, t in values.items() if k.startswith(held)}
         elif isinstance(branch, LowRank):
             weight = state[f"{placement.path}.weight"]
             delta = branch.weight_delta(host.modules[placement.path])

@@ -22,36 +22,85 @@ class State:
         outer: S of every adapted linear by its path, (R1, R2) in fp32.
         windows: how many windows were summed.
         recipe: what it was read with, as JSON values: the adapter's settings, fingerprints of base and generator, and
-            ``reads``, one entry for each context.
+            ``reads``, one entry for each context; its ``after`` is how many of the entries just before it were known when it
+            was read. Empty where contexts were read in training, or by :meth:`Generative.read_windows`.
+        readers: marks of the generators that have read it, or are known to be the same.
     """
 
     outer: Mapping[str, Tensor]
     windows: int
     recipe: Mapping[str, Any]
-    cores: dict[str, Tensor] = field(default_factory=dict, repr=False)  # N(S), kept from its first use on
+    readers: set[str] = field(default_factory=set, repr=False)
+    cores: dict[Any, Tensor] = field(default_factory=dict, repr=False)  # N(S), kept from its first use on
+
+    @property
+    def reads(self) -> list[dict[str, Any]]:
+        """The contexts, as the recipe has them. Raises :class:`ConfigError` when there is no recipe."""
+        if not self.recipe:
+            raise ConfigError(
+                "This state does not say what was read into it; read the contexts with adapter.read(...)."
+            )
+        return list(self.recipe["reads"])
 
     def __add__(self, other: State) -> State:
-        """Both contexts, as if each had been read alone (mode ``"parallel"``)."""
-        reads = [*self.recipe["reads"], *other.recipe["reads"]]
-        return self._joined(other, 1, reads)
+        """The sum of both, each as it was read: neither knew the other, and a context that is in both counts twice.
+
+        With mode ``"parallel"`` it is what reading both together gives. To read one by a model that knows the other, pass
+        ``state`` to :meth:`Generative.read`.
+
+        Raises:
+            ConfigError: they were not read with the same settings, base and generator, or do not say with what.
+        """
+        return self._joined(other, 1, [*self.reads, *other.reads])
 
     def __sub__(self, other: State) -> State:
-        """Forget a context that was read into this state. What remains is exact up to rounding in fp32."""
-        reads = list(self.recipe["reads"])
-        for read in other.recipe["reads"]:
-            if read not in reads:
-                raise ConfigError(
-                    f"A context of {read['tokens']} tokens is to be forgotten that was not read into this state."
-                )
-            reads.remove(read)
-        return self._joined(other, -1, reads)
+        """Forget contexts: what remains is, up to rounding in fp32, the state of one who has never read them.
 
-    def _joined(self, other: State, sign: int, reads: list[Any]) -> State:
+        Raises:
+            ConfigError: as for ``+``; or one of them is not in this state as it is in the other, or others were read by a
+                model that knew it, and hold something of it.
+        """
+        left = units(self.reads)
+        for unit in units(other.reads):
+            if unit not in left or "after" not in unit[-1]:
+                raise ConfigError(refusal(unit[-1], self.reads))
+            left.remove(unit)
+        return self._joined(other, -1, [read for unit in left for read in unit])
+
+    def _joined(self, other: State, sign: int, reads: list[dict[str, Any]]) -> State:
         for part in ("config", "base", "generator"):
             if self.recipe[part] != other.recipe[part]:
                 raise ConfigError(f"The two states were not read with the same {part}; read both contexts with one.")
         outer = {path: S + sign * other.outer[path] for path, S in self.outer.items()}
-        return State(outer, self.windows + sign * other.windows, {**self.recipe, "reads": reads})
+        recipe = {**self.recipe, "reads": reads}
+        return State(outer, self.windows + sign * other.windows, recipe, self.readers | other.readers)
+
+
+def units(reads: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Entries of contexts, each together with those that were known when it was read."""
+    left, found = list(reads), []
+    while left:
+        start = len(left) - 1 - left[-1].get("after", 0)
+        found.append(left[start:])
+        del left[start:]
+    return found[::-1]
+
+
+def refusal(read: dict[str, Any], reads: Sequence[dict[str, Any]]) -> str:
+    """Why a context cannot be forgotten by a state of these."""
+    if any("after" not in one for one in (read, *reads)):
+        return (
+            "Nothing can be forgotten here: a state was saved by a version that did not note what was known when a context was "
+            "read. Read the contexts again."
+        )
+    start = f"A context of {read['tokens']} tokens is to be forgotten that was"
+    if all(one["context"] != read["context"] for one in reads):
+        return f"{start} not read into this state."
+    return (
+        f"{start} read into this state in another way: in other windows or another mode, after other contexts, or with others "
+        "after it that hold something of it. Read with mode='parallel' what is to be forgotten by itself, or keep the state "
+        "that was there before."
+    )
 
 
 def windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +125,12 @@ def token_ids(context: Tensor | Sequence[int] | str, tokenizer: Any = None) -> T
     return ids.long()
 
 
-def digest(tensors: Sequence[Tensor]) -> str:
+def digest(ids: Tensor) -> str:
+    """A hash of all token ids, (n,)."""
+    return hashlib.sha256(ids.long().cpu().numpy().tobytes()).hexdigest()
+
+
+def sampled(tensors: Sequence[Tensor]) -> str:
     """A hash of the shapes and of some values of tensors; of all values where they are few."""
     total = hashlib.sha256()
     for tensor in tensors:

@@ -107,6 +107,9 @@ def fake_quantise(module: nn.Module, name: str, bits: int) -> None:
         raise ConfigError(f"{type(module).__name__} has parametrizations of its own and cannot be quantised.")
     parameter: Tensor = getattr(module, name)
     parametrize.register_parametrization(module, name, FakeQuantise(bits).to(parameter.device))
+    if isinstance(module, nn.RNNBase):
+        # It computes with a list of its weights, which it keeps; of tensors with a history no copy could be made.
+        type(module)._flat_weights = property(weights_of, lambda module, weights: None)  # type: ignore[assignment]
 
 
 def undo_fake_quantise(module: nn.Module, name: str) -> None:
@@ -126,6 +129,11 @@ def undo_fake_quantise(module: nn.Module, name: str) -> None:
     for key, width in bits.items():
         if key != name and width is not None:
             fake_quantise(module, key, width)
+
+
+def weights_of(module: nn.RNNBase) -> list[Tensor]:
+    """The weights of a recurrent module as they are now, in its order."""
+    return [getattr(module, name) for name in module._flat_weights_names]
 
 
 def bits_of(module: nn.Module, name: str) -> int | None:

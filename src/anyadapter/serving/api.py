@@ -7,9 +7,9 @@ import copy
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from anyadapter.core.attach import NAME
 from anyadapter.core.errors import near
-from anyadapter.serving.contexts import STATE, Contexts
+from anyadapter.serving.contexts import Contexts
 from anyadapter.serving.gate import ROUTES, Gate, ServerSettings, facts, scrub, unless_gone
 from anyadapter.serving.loop import EngineLoop, NotReadyError, Stream, trace
 from anyadapter.serving.metrics import Metrics
@@ -75,7 +75,7 @@ class Server:
         self.loop, self.settings = loop, settings
         self.numbers = Metrics(lambda: loop.stats)
         self.contexts = Contexts(loop)
-        self.making: set[str] = set()  # names of adapters that contexts are being read into
+        self.making: set[str] = set()  # names that requests are making adapters for
         self.encoder = ThreadPoolExecutor(1, "tokenizer")
         self.started = int(time.time())
         self._tokenizer: Any = None
@@ -135,32 +135,37 @@ class Server:
         """Register a folder under a new name, or make an adapter of a context."""
         context = body.context()
         if body.path is not None and context is None and body.name is not None:
-            self.check_new(body.name)
-            return await self.put_adapter(http, body.name, body.path, 201)
+            with self.claimed(body.name):
+                return await self.put_adapter(http, body.name, body.path, 201)
         if body.path is not None or context is None:
             message = "Give a name and the path of an adapter, or a context: a document or messages."
             raise ApiError(400, message, param="path" if context is None else "document")
         name = body.name or f"context-{uuid.uuid4().hex[:12]}"
-        self.check_new(name)
-        if not NAME.fullmatch(name):
-            raise ApiError(400, "A name is 1 to 128 letters, digits, '.', '_' and '-'.", param="name")
-        if (self.root() / name).exists() or name in self.making:
-            raise ApiError(409, f"The folder of adapters holds {name!r} already.", param="name")
+        with self.claimed(name):
+            if not NAME.fullmatch(name):
+                raise ApiError(400, "A name is 1 to 128 letters, digits, '.', '_' and '-'.", param="name")
+            if (self.root() / name).exists():
+                raise ApiError(409, f"The folder of adapters holds {name!r} already.", param="name")
+            return await self.read_context(http, name, body, context, 201)
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[None]:
+        """Keep a new name from other requests. Refuses one that is taken."""
+        if name in self.loop.check().store.by_name or name == self.settings.model_name:
+            raise ApiError(409, f"There is a model {name!r} already; PUT replaces an adapter.", param="name")
+        if name in self.making:
+            raise ApiError(409, f"Another request makes {name!r} already.", param="name")
         self.making.add(name)
         try:
-            return await self.read_context(http, name, body, context, 201)
+            yield
         finally:
             self.making.remove(name)
 
-    def check_new(self, name: str) -> None:
-        """Refuse a name that is taken."""
-        if name in self.loop.check().store.by_name or name == self.settings.model_name:
-            raise ApiError(409, f"There is a model {name!r} already; PUT replaces an adapter.", param="name")
-
     async def extend_adapter(self, http: Request, name: str, body: ContextBody) -> Response:
         """Let an adapter that was made of a context read another. Requests in hand keep what they began with."""
-        if not (self.registered(name).folder / STATE).exists():
-            raise ApiError(409, f"{name!r} was not made of a context; it cannot grow.")
+        self.root()
+        self.registered(name)
+        self.contexts.growing(name)
         context = body.context()
         if context is None:
             raise ApiError(400, "Give a context: a document or messages.", param="document")
@@ -169,7 +174,6 @@ class Server:
     async def read_context(
         self, http: Request, name: str, body: ContextBody, context: str | list[dict[str, str]], status: int
     ) -> Response:
-        self.root()
         if self.contexts.generator() is None:
             raise ApiError(403, "This server was started without a generator.", param="document")
         ids = await self.encode(context, answer=False)
@@ -200,7 +204,8 @@ class Server:
             raise ApiError(403, message, param="path")
         if not (root / path).exists():
             raise ApiError(404, f"The folder of adapters holds no {path!r}.", param="path")
-        registered = await self.loop.register(name, path)
+        async with self.contexts.changing:
+            registered = await self.loop.register(name, path)
         facts(http).update(changed=name)
         return JSONResponse(self.show(registered), status)
 
@@ -311,6 +316,7 @@ class Server:
             logprobs=logprobs is not None,
         )
         now = engine.clock()
+        patience = [p for p in (limits.first_token_seconds, body.first_token_seconds) if p]
         sequences = [
             Sequence(
                 id=f"{reply.id}-{index}",
@@ -318,7 +324,7 @@ class Server:
                 adapters=adapters,
                 sampling=body.sampling(max_tokens, logprobs, index % n),
                 arrival=now,
-                deadline=now + limits.first_token_seconds if limits.first_token_seconds else None,
+                deadline=now + min(patience) if patience else None,
             )
             for index in range(len(prompts) * n)
         ]

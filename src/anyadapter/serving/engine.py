@@ -27,11 +27,12 @@ from anyadapter.serving.checks import check_combination, check_model, end_tokens
 from anyadapter.serving.fused import can_fuse
 from anyadapter.serving.graphs import Decoder
 from anyadapter.serving.kernels import kernels_for
+from anyadapter.serving.loop import trace
 from anyadapter.serving.mixed import Mixed, MixedConfig
 from anyadapter.serving.policies import policy_named
 from anyadapter.serving.pool import Pool
 from anyadapter.serving.request import Output, Request
-from anyadapter.serving.residents import Residents
+from anyadapter.serving.residents import Resident, Residents
 from anyadapter.serving.sampling import Choice, Sampler, choose
 from anyadapter.serving.scheduler import Limits, Scheduler
 from anyadapter.serving.settings import EngineSettings
@@ -133,11 +134,13 @@ class Engine:
         self.scheduler = Scheduler(rows, lambda id: self.held[id].cells, policy_named(settings.policy))
         self.held: dict[str, Registered] = {}  # adapters of requests in hand, by identity
         self.holders: dict[str, int] = {}
+        self.requests: dict[str, Request] = {}  # in hand: waiting and running
         self.sequences: dict[str, Sequence] = {}
         self.samplers: dict[str, Sampler] = {}
         self.reader = ThreadPoolExecutor(1, "adapters") if settings.read_ahead else None
         self.reading: dict[str, Future[Tensor]] = {}
         self.counters = Counters()
+        self.outputs: list[Output] = []  # made, and not yet given
         self.mixed.name = GUEST
         self.decoder = self.make_decoder()
         if settings.pack and can_fuse(self.device, self.dtype):
@@ -187,7 +190,7 @@ class Engine:
             UnknownAdapterError: an adapter it names is not registered.
             BusyError: too many wait.
         """
-        if request.id in self.sequences or request.id in self.scheduler.queue:
+        if request.id in self.requests:
             raise RequestError(f"A request {request.id!r} is in hand already.", "id")
         if not request.prompt:
             raise RequestError("The prompt is empty; give at least one token.", "prompt")
@@ -212,28 +215,30 @@ class Engine:
             self.held[registered.id] = registered
             self.holders[registered.id] = self.holders.get(registered.id, 0) + 1
         try:
+            for registered in found:
+                self.mixed.cover(registered.packing)
             self.scheduler.submit(request)
-        except AnyAdapterError:
+        except BaseException:
             self.drop(request.held)
             raise
-        for registered in found:
-            self.mixed.cover(registered.packing)
+        self.requests[request.id] = request
 
     def cancel(self, id: str) -> None:
         """End a request now; its cells are free on return. An unknown id is ignored."""
-        request = self.scheduler.cancel(id)
-        if request is not None:
-            self.end(request, "cancel")
+        if id in self.requests:
+            self.end(self.requests[id], "cancel")
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Decide, compute one forward pass, choose tokens. Requests that fail end with an error; the others go on."""
+        """Decide, compute one forward pass, choose tokens. Requests that fail end with an error; the others go on.
+
+        What was made before an unforeseen error is not lost: :meth:`take` gives it, and so does the next step.
+        """
         plan = self.scheduler.plan(self.clock())
-        outputs = [self.end(request, "abort") for request in plan.aborted]
+        for request in plan.aborted:
+            self.end(request, "abort")
         for request in plan.admitted:
-            if (failed := self.start(request)) is not None:
-                self.scheduler.finished([request])
-                outputs.append(failed)
+            self.start(request)
         for id in plan.prefetch:
             self.read_ahead(self.held[id])
         pieces = [(self.sequences[r.id], n) for r, n in plan.prefill if r.id in self.sequences]
@@ -244,12 +249,16 @@ class Engine:
             try:
                 logits = self.forward(pieces)
             except (RuntimeError, TargetError) as error:
-                return outputs + self.failed(pieces, error)
+                self.failed(pieces, error)
+                return self.take()
             rows = [row for row, (s, _) in enumerate(pieces) if s.request.computed == s.request.length]
-            outputs += self.advance(
-                [pieces[row][0] for row in rows], logits[rows] if len(rows) < len(pieces) else logits
-            )
+            self.advance([pieces[row][0] for row in rows], logits[rows] if len(rows) < len(pieces) else logits)
             self.counters.steps += 1
+        return self.take()
+
+    def take(self) -> list[Output]:
+        """The outputs not yet given, in order."""
+        outputs, self.outputs = self.outputs, []
         return outputs
 
     def stats(self) -> dict[str, float]:
@@ -273,7 +282,7 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Assert that every cell has exactly one owner."""
+        """Assert that every cell has exactly one owner, and that every request waits or runs."""
         owned = [r.cells for r in self.residents.by_id.values()]
         owned += [s.cells[s.prefix : s.used] for s in self.sequences.values()]
         cells = np.concatenate([np.flatnonzero(self.pool.free), *owned])
@@ -281,6 +290,7 @@ class Engine:
         assert self.pool.left == self.pool.free.sum(), "the count of free cells is wrong"
         running = [id for s in self.sequences.values() for id in s.request.held]
         assert dict(self.residents.users) == {id: running.count(id) for id in set(running)}, "users are miscounted"
+        assert self.requests.keys() == self.scheduler.queue.keys() | self.scheduler.rows.keys(), "a request was lost"
 
     def close(self) -> None:
         """Take the engine off the model, which is then what it was."""
@@ -292,38 +302,38 @@ class Engine:
 
     # ------------------------------------------------------------------ requests and their cells
 
-    def start(self, request: Request) -> Output | None:
-        """Give an admitted request its adapters; returns what to tell it when that fails."""
-        loaded: list[str] = []
+    def start(self, request: Request) -> None:
+        """Give an admitted request its adapters. Whatever fails here ends this request alone."""
+        uses: list[tuple[Resident, float]] = []
         try:
-            uses = []
             for id, weight in zip(request.held, request.adapters.values()):
                 registered = self.held[id]
                 pack = partial(self.packed, registered)
                 resident = self.residents.load(id, registered.packing, registered.scale, pack)
                 self.residents.use([id])
-                loaded.append(id)
                 uses.append((resident, weight))
-        except (AnyAdapterError, torch.OutOfMemoryError) as error:
-            self.residents.leave(loaded)
-            return self.end(request, "error", str(error))
+            self.sequences[request.id] = self.sequence(request, tuple(uses))
+        except Exception as error:
+            self.residents.leave(resident.id for resident, _ in uses)
+            logger.warning("a request could not be started: %s", trace(error))
+            known = isinstance(error, AnyAdapterError)
+            self.end(request, "error", str(error) if known else f"It could not be started ({type(error).__name__}).")
+
+    def sequence(self, request: Request, uses: Uses) -> Sequence:
+        """A request's place, of which only the prefixes of its adapters are taken."""
         prefixed = [resident for resident, _ in uses if resident.packing.prefix]
-        prefix = np.concatenate([r.cells[: r.packing.prefix] for r in prefixed]) if prefixed else np.empty(0, np.int32)
+        prefix = np.concatenate([np.empty(0, np.int32), *(r.cells[: r.packing.prefix] for r in prefixed)])
         cells = np.zeros(len(prefix) + len(request.prompt) + request.sampling.max_tokens, dtype=np.int32)
         cells[: len(prefix)] = prefix
-        self.sequences[request.id] = Sequence(
-            request,
-            tuple(uses),
-            cells,
-            used=len(prefix),
-            prefix=len(prefix),
-            shift=sum(r.packing.prefix for r in prefixed if r.packing.shift),
-            text=TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None,
-        )
-        return None
+        shift = sum(r.packing.prefix for r in prefixed if r.packing.shift)
+        text = TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None
+        return Sequence(request, uses, cells, used=len(prefix), prefix=len(prefix), shift=shift, text=text)
 
-    def end(self, request: Request, reason: str, message: str = "", **what: Any) -> Output:
-        """Give back all that a request holds."""
+    def end(self, request: Request, reason: str, message: str = "", **what: Any) -> None:
+        """Give back all that a request holds and, unless it was cancelled, tell. One that has ended is left alone."""
+        if self.requests.pop(request.id, None) is None:
+            return
+        self.scheduler.cancel(request.id)
         request.finish = reason
         sequence = self.sequences.pop(request.id, None)
         self.samplers.pop(request.id, None)
@@ -332,7 +342,8 @@ class Engine:
             self.residents.leave(request.held)
         self.drop(request.held)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-        return Output(request.id, finish=reason, message=message, **what)
+        if reason != "cancel":
+            self.outputs.append(Output(request.id, finish=reason, message=message, **what))
 
     def drop(self, ids: Iterable[str]) -> None:
         """A request in hand no longer needs these adapters."""
@@ -399,7 +410,7 @@ class Engine:
         finally:
             self.mixed.now = None
 
-    def failed(self, pieces: list[tuple[Sequence, int]], error: Exception) -> list[Output]:
+    def failed(self, pieces: list[tuple[Sequence, int]], error: Exception) -> None:
         """Undo a pass that broke. Short of memory, its largest piece is given up; otherwise all of it."""
         for sequence, count in pieces:
             self.pool.release(sequence.cells[sequence.used - count : sequence.used])
@@ -408,12 +419,10 @@ class Engine:
         given_up = [sequence.request for sequence, _ in pieces]
         if isinstance(error, torch.OutOfMemoryError):
             given_up = [max(pieces, key=lambda piece: piece[1])[0].request]
-        logger.error("a pass of %d requests failed, %d are given up: %s", len(pieces), len(given_up), error)
-        self.scheduler.finished(given_up)
+        logger.error("a pass of %d requests failed, %d are given up: %s", len(pieces), len(given_up), trace(error))
         kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-        return [
-            self.end(request, "error", f"The model could not compute this request ({kind}).") for request in given_up
-        ]
+        for request in given_up:
+            self.end(request, "error", f"The model could not compute this request ({kind}).")
 
     def call(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         """Run the model on flat tokens: the logits at ``last``, (n, vocabulary)."""
@@ -425,17 +434,13 @@ class Engine:
         )
         return out.logits[0] if self.keeps_logits else out.logits[0, last]
 
-    def advance(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
+    def advance(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Choose the next token of each sequence and end those that are done. Logits: (sequences, vocabulary)."""
-        if not sequences:
-            return []
-        outputs, ended = [], []
-        choices = self.choose(logits, [s.request for s in sequences])
+        choices = self.choose(logits, [s.request for s in sequences]) if sequences else []
         for sequence, choice in zip(sequences, choices):
             request = sequence.request
             if choice.token is None:
-                ended.append(request)
-                outputs.append(self.end(request, "error", "The model gave numbers that are not finite."))
+                self.end(request, "error", "The model gave numbers that are not finite.")
                 continue
             request.output.append(choice.token)
             self.counters.output_tokens += 1
@@ -449,12 +454,9 @@ class Engine:
                 text += sequence.text.flush()
             what: dict[str, Any] = {"tokens": (choice.token,), "text": text, "logprobs": choice.logprobs}
             if reason:
-                ended.append(request)
-                outputs.append(self.end(request, reason, **what))
+                self.end(request, reason, **what)
             else:
-                outputs.append(Output(request.id, **what))
-        self.scheduler.finished(ended)
-        return outputs
+                self.outputs.append(Output(request.id, **what))
 
     def choose(self, logits: Tensor, requests: list[Request]) -> list[Choice]:
         """The next token of every request."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anyadapter.core.errors import AnyAdapterError, BusyError
+from anyadapter.core.errors import AnyAdapterError, RequestError
 from anyadapter.serving.request import Output, Request
 
 if TYPE_CHECKING:
@@ -132,13 +132,14 @@ class EngineLoop:
         """Queue the requests of one caller, all of them or none.
 
         Raises:
-            RequestError, UnknownAdapterError, BusyError: as the engine's ``submit``.
+            RequestError: there are more of them than may wait, or as the engine's ``submit``.
+            UnknownAdapterError, BusyError: as the engine's ``submit``.
             NotReadyError: no new requests are taken.
         """
         engine = self.check()
         most = engine.settings.max_waiting
         if len(requests) > most:
-            raise BusyError(f"{len(requests)} sequences are more than may wait here ({most}).")
+            raise RequestError(f"n for each prompt makes {len(requests)} sequences; here {most} may wait.", "n")
         stream = Stream(self, (request.id for request in requests))
         self.streams |= dict.fromkeys(stream.open, stream)
         try:
@@ -267,22 +268,25 @@ class EngineLoop:
             outputs = self.recover(engine, error)
         if outputs:
             self.tell(self.deliver, outputs)
+        if self.error is not None:
+            self.tell(self.failed)
 
     def recover(self, engine: Engine, error: Exception) -> list[Output]:
-        """End the requests that took part in a failed step. Where that fails too, the engine is broken."""
+        """End all requests but those that wait. Where that fails, or is needed too often, the engine is broken."""
         self.crashes += 1
+        outputs = engine.take()
         try:
-            hit = [request.id for request in engine.scheduler.running]
+            hit = [id for id in engine.requests if id not in engine.scheduler.queue]
             for id in hit:
                 engine.cancel(id)
+            outputs += [Output(id, finish="error", message=CRASHED) for id in hit]
             engine.check_integrity()
             if self.crashes < CRASHES:
-                return [Output(id, finish="error", message=CRASHED) for id in hit]
+                return outputs
         except Exception as worse:
             logger.error("the engine cannot be mended: %s", trace(worse))
         self.error = error
-        self.tell(self.failed)
-        return []
+        return outputs
 
     def look(self, engine: Engine) -> None:
         """Keep the engine's numbers for others to read."""

@@ -81,7 +81,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]  # tokenizers take no larger ones
 Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
@@ -105,6 +105,7 @@ class SamplingBody(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    first_token_seconds: float | None = Field(None, gt=0, description="Give up if there is no token by then.")
     user: str | None = Field(None, description="Accepted and not used.")
 
     def stops(self) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CHANGES = ("POST", "PUT", "DELETE")  # methods that change adapters where the path is one of theirs
 READY_SECONDS = 5.0  # in which a replica says that it is ready
+CHANGE_SECONDS = 300.0  # in which it changes an adapter
 NOT_NOW = (429, 503)  # a replica that is full, loading or leaving: another one may do it
 
 
@@ -48,10 +50,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Head:
-    """How an answer begins."""
+    """How an answer begins.
+
+    Attributes:
+        born: tells a replica's process from the one before it, which was told of changes that this one has not seen.
+    """
 
     status: int
     headers: list[tuple[str, str]]
+    born: str = ""
 
 
 class Replica(Protocol):
@@ -67,12 +74,19 @@ class Front:
 
     An answer that is not streamed is delivered as a whole, so it can always be repeated; a streamed one up to its first
     token. A replica that is full is not asked again under the same request; one that dies or is not ready is asked nothing but
-    whether it is ready, until it is. Routes that change adapters go to all replicas.
+    whether it is ready, until it is.
+
+    Routes that change adapters go to all replicas that are not down. The last change to each name is kept, and a replica that
+    was down or has started again is told of all of them before it is asked anything else. They are kept in memory: another
+    front, or this one when it has started again, knows of none.
 
     Args:
         replicas: by name.
         model_name: the base's name in requests.
         max_body: bytes of a request.
+
+    Attributes:
+        changes: what was done to each name: the folder that it was given, or None where it was unloaded.
     """
 
     def __init__(
@@ -86,6 +100,10 @@ class Front:
         self.replicas, self.model_name, self.max_body = replicas, model_name, max_body
         self.router = Router(replicas, settings)
         self.probes: dict[str, asyncio.Task[None]] = {}
+        self.changes: dict[str, str | None] = {}
+        self.changing = asyncio.Lock()  # one change at a time, so that all replicas see them in one order
+        self.headers: list[tuple[str, str]] = []  # of the last change, with the key that it was made with
+        self.born: dict[str, str] = {}  # the process of each replica that knows all changes
 
     async def answer(self, http: Request) -> Response:
         """Answer one HTTP request."""
@@ -140,11 +158,15 @@ class Front:
             except BaseException:  # the client is gone
                 await answer.close()
                 raise
+            if self.is_new(name, answer.head):
+                await answer.close()
+                self.rest(name)
+                continue
             if answer.head.status not in NOT_NOW:
                 self.router.served(name, adapter)
                 return answer.response(partial(self.failed, name))
             refusal = await answer.whole()
-            if answer.head.status == 503:
+            if answer.head.status == 503 and await self.ready(name) is None:  # else it was late for this request only
                 self.rest(name)
         if refusal is not None and not failed:
             return refusal
@@ -162,36 +184,89 @@ class Front:
             self.probes[name] = asyncio.create_task(self.probe(name))
 
     async def probe(self, name: str) -> None:
-        """Wait until a replica is ready."""
+        """Wait until a replica is ready, and tell it of all changes."""
         while self.router.replicas[name].down:
             await asyncio.sleep(self.router.settings.probe)
-            answer = Answer(self.replicas[name].ask(Message("GET", "/ready", "", [], b"")), lambda: None)
-            try:
-                await asyncio.wait_for(answer.begin(whole=True), READY_SECONDS)
-                if answer.head.status == 200:
-                    self.router.back(name)
-            except Exception as error:
-                logger.debug("%s is not back: %s", name, type(error).__name__)
-            finally:
-                await answer.close()
+            if (head := await self.ready(name)) is not None:
+                async with self.changing:
+                    self.born[name] = head.born
+                    if await self.catch_up(name):
+                        self.router.back(name)
         del self.probes[name]
 
+    async def ready(self, name: str) -> Head | None:
+        """A replica's word that it takes requests; None without it."""
+        answer = Answer(self.replicas[name].ask(Message("GET", "/ready", "", [], b"")), lambda: None)
+        try:
+            await asyncio.wait_for(answer.begin(whole=True), READY_SECONDS)
+        except Exception as error:
+            logger.debug("%s is not ready: %s", name, type(error).__name__)
+            return None
+        finally:
+            await answer.close()
+        return answer.head if answer.head.status == 200 else None
+
+    # ------------------------------------------------------------------ changes
+
+    def is_new(self, name: str, head: Head) -> bool:
+        """Whether an answer comes from a process that was started since, and has not been told of the changes."""
+        return self.born.setdefault(name, head.born) != head.born
+
     async def everywhere(self, message: Message) -> Response:
-        """Change adapters on all replicas; the answer is the worst of theirs."""
+        """Change adapters on all replicas that are not down; the answer is the worst of theirs."""
+        async with self.changing:
+            up = [name for name, replica in self.router.replicas.items() if not replica.down]
+            answers = [a for a in await asyncio.gather(*(self.change(name, message) for name in up)) if a is not None]
+            if not answers:
+                raise ApiError(503, "No replica could make the change. Send it again.", retry=1.0)
+            for answer in answers:
+                if answer.status_code < 300:
+                    made = json.loads(bytes(answer.body))
+                    self.changes[made["id"]] = made.get("root")
+                    self.headers = [h for h in message.headers if h[0] in ("authorization", "content-type")]
+            return max(answers, key=lambda answer: answer.status_code)
 
-        async def one(name: str) -> Response:
-            answer = Answer(self.replicas[name].ask(message), lambda: None)
-            try:
-                await answer.begin(whole=True)
-                return await answer.whole()
-            except Exception as error:
-                await answer.close()
-                self.failed(name, error)
-                why = f"The replica {name} failed; others may have made the change. Send it again when it is back."
-                return respond(ApiError(503, why, retry=1.0))
+    async def change(self, name: str, message: Message) -> Response | None:
+        """A replica's answer to a change; None where it cannot make it now, and will be told before it is back."""
+        answer = Answer(self.replicas[name].ask(message), lambda: None)
+        try:
+            await asyncio.wait_for(answer.begin(whole=True), CHANGE_SECONDS)
+        except Exception as error:
+            await answer.close()
+            self.failed(name, error)
+            return None
+        if answer.head.status in NOT_NOW or self.is_new(name, answer.head):
+            await answer.close()
+            self.rest(name)
+            return None
+        return await answer.whole()
 
-        answers = await asyncio.gather(*map(one, self.replicas))
-        return max(answers, key=lambda answer: answer.status_code)
+    async def catch_up(self, name: str) -> bool:
+        """Tell a replica of all changes; whether it was there to the end.
+
+        One that it refuses is left: a replica without one adapter is better than none.
+        """
+        for adapter, folder in self.changes.items():
+            answer = await self.repeat(name, adapter, folder)
+            if answer is None:
+                return False
+            if answer.status_code >= 300 and (folder is not None or answer.status_code != 404):
+                about = {"replica": name, "adapter": adapter, "status": answer.status_code}
+                logger.warning(json.dumps({"event": "change refused", **about}))
+        return True
+
+    async def repeat(self, name: str, adapter: str, folder: str | None) -> Response | None:
+        """A replica's answer to a change that the others have made; None as in :meth:`change`."""
+
+        async def send(method: str, path: str, body: dict[str, str]) -> Response | None:
+            return await self.change(name, Message(method, path, "", self.headers, json.dumps(body).encode()))
+
+        if folder is None:
+            return await send("DELETE", f"/v1/adapters/{adapter}", {})
+        answer = await send("PUT", f"/v1/adapters/{adapter}", {"path": folder})
+        if answer is None or answer.status_code != 404:
+            return answer
+        return await send("POST", "/v1/adapters", {"name": adapter, "path": folder})  # a name that it does not have
 
 
 class Answer:
@@ -328,12 +403,13 @@ class RayReplica:
         self.loop = EngineLoop(make)
         self.inside = Inside(create_app(self.loop, ServerSettings(**server)))
         self.started = False
+        self.born = uuid.uuid4().hex
 
     async def ask(self, message: Message) -> AsyncIterator[Head | bytes]:
         """One request's answer."""
         await self.check_health()
         async for piece in self.inside.ask(message):
-            yield piece
+            yield replace(piece, born=self.born) if isinstance(piece, Head) else piece
 
     async def check_health(self) -> None:
         """Asked by Ray from time to time; also starts the engine's thread, in the event loop that requests are in."""

@@ -51,7 +51,7 @@ class Residents:
 
         Raises:
             PoolFullError: all other adapters are in use and too few cells are free.
-            ArtefactError: what ``pack`` raises. Nothing was taken either way.
+            ArtefactError: what ``pack`` raises. Nothing was taken, whatever is raised.
         """
         found = self.by_id.get(id)
         if found is not None:
@@ -61,7 +61,11 @@ class Residents:
         values = pack()
         self.misses += 1
         cells = self.alloc(packing.cells, together=self.together)
-        self.pool.write(cells, values)
+        try:
+            self.pool.write(cells, values)
+        except BaseException:
+            self.pool.release(cells)
+            raise
         self.by_id[id] = Resident(id, packing, cells, scale)
         return self.by_id[id]
 

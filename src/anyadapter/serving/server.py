@@ -81,7 +81,7 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_base(base, dtype=dtype, device=device)
     if generator is not None:
-        attach_generator(model, generator)
+        attach_generator(model, generator, settings.max_context)
     engine = Engine(model, tokenizer, settings=settings)
     refused = engine.store.scan()
     if name in engine.store.by_name:

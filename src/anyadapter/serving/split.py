@@ -26,20 +26,13 @@ from anyadapter.core.host import Host
 SPLIT = ("colwise", "rowwise")  # the styles of a plan that are done here; each divides this dimension of the weight
 LEFT = ("replicated_with_grad_allreduce", "replicate", "embedding_rowwise", "colwise_gather_output", "colwise_rep")
 FOREVER = timedelta(days=3650)  # an idle server waits for its next request
+PATIENCE = timedelta(seconds=10)  # in which a pass that fails in all processes has failed in the last of them
 
 T = TypeVar("T")
 
 
 class LostError(AnyAdapterError, ConnectionError):
-    """Another of the model's processes is gone; this one cannot go on."""
-
-
-@contextmanager
-def talking() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostError(f"Another of the model's processes does not answer; start them all again. ({error})") from error
+    """The model's processes no longer do the same: one is gone, or has failed where the others have not. None can go on."""
 
 
 all_gather = (
@@ -58,6 +51,8 @@ class Split:
         styles: how each divided linear is divided, by path.
         whole: the undivided model, on the meta device.
         traffic: bytes this process has sent for the base and for adapters, as a ring of processes would send them.
+        place: how many tensors have been exchanged so far.
+        lost: these processes no longer do the same; all that talks raises a :class:`LostError`.
 
     Raises:
         TargetError: the model has no plan, one that is not known here, or parts that do not divide evenly. Nothing has changed.
@@ -66,6 +61,7 @@ class Split:
     def __init__(self, model: Any) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.traffic: Counter[str] = Counter()
+        self.place, self.lost = 0, False
         host = Host.of(model)
         self.styles = styles_of(model, host)
         check_divisible(host, self.styles, self.size)
@@ -75,6 +71,7 @@ class Split:
         for path, style in self.styles.items():
             self.divide(host.modules[path], style)
         self.control = dist.new_group(backend="gloo", timeout=FOREVER)
+        self.failures = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def divide(self, linear: Any, style: str) -> None:
         """Replace a linear's weight and bias by this process's part."""
@@ -100,6 +97,18 @@ class Split:
         width = tensor.shape[dim] // self.size
         return tensor.detach().narrow(dim, self.rank * width, width).clone()
 
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        if self.lost:
+            raise LostError("The model's processes no longer do the same; start them all again.")
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost = True
+            raise LostError(
+                f"Another of the model's processes does not answer; start them all again. ({error})"
+            ) from error
+
     # ------------------------------------------------------------------ tensors
 
     def sum(self, module: nn.Module, args: Any, partial_sum: Tensor) -> Tensor:
@@ -108,40 +117,73 @@ class Split:
 
     def reduce(self, x: Tensor, what: str) -> Tensor:
         """The sum over all processes, in place."""
-        with talking():
+        with self.talking():
             dist.all_reduce(x)
+        self.place += 1
         self.traffic[what] += 2 * x.nbytes * (self.size - 1) // self.size
         return x
 
     def gather(self, x: Tensor, what: str) -> Tensor:
         """(n,) of each process, one after the other."""
         out = x.new_empty(self.size * len(x))
-        with talking():
+        with self.talking():
             all_gather(out, x)
+        self.place += 1
         self.traffic[what] += x.nbytes * (self.size - 1)
         return out
 
     # ------------------------------------------------------------------ agreement
 
     def agree(self, action: Callable[[], T]) -> T:
-        """Do something in every process; when it fails in one, it fails in all."""
+        """Do something in every process, without talking; when it fails in one, it fails in all.
+
+        Raises:
+            Exception: what the action raised here.
+            ArtefactError: it has failed in another process only.
+        """
         result, error = None, None
         try:
             result = action()
-        except AnyAdapterError as mine:
+        except Exception as mine:
             error = mine
         failures = torch.tensor([float(error is not None)])
-        with talking():
+        with self.talking():
             dist.all_reduce(failures, group=self.control)
         if error is not None:
             raise error
         if failures.item():
-            raise ArtefactError("Another of the model's processes could not read its part of the adapter.")
+            raise ArtefactError("Another of the model's processes could not do its part; its log says why.")
         return result  # type: ignore[return-value]
+
+    def check_same(self, error: Exception) -> None:
+        """After an error between two exchanges of tensors: whether the others have met the same one there.
+
+        Those that have not are waiting for this process's next tensor, so that nothing can be agreed with them.
+
+        Raises:
+            LostError: they have not, or have not said so within ``PATIENCE``.
+        """
+        mine = torch.tensor([self.place, isinstance(error, torch.OutOfMemoryError)])
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            with self.talking():
+                dist.all_gather(found, mine, group=self.failures)
+            same = all(other.equal(mine) for other in found)
+        except LostError:
+            same = False
+        if not same:
+            raise self.lose(error) from error
+
+    def lose(self, error: Exception) -> LostError:
+        """What to raise after an error that the others do not know of; this process does not talk to them again."""
+        self.lost = True
+        return LostError(
+            f"This process has failed where others have not ({type(error).__name__}); start them all again."
+        )
 
     def spread(self, x: Tensor) -> None:
         """Give all processes what the first one has in a tensor on the CPU."""
-        with talking():
+        with self.talking():
             dist.broadcast(x, 0, group=self.control)
 
     def share(self, data: Any = None) -> Any:

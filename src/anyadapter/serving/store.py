@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import load
@@ -17,7 +20,7 @@ from torch import Tensor
 from anyadapter.core.adapter import Adapter, check_tensors
 from anyadapter.core.attach import NAME
 from anyadapter.core.catalogue import config_from_dict, method_of
-from anyadapter.core.errors import AnyAdapterError, ArtefactError, ConfigError, UnknownAdapterError, near
+from anyadapter.core.errors import AnyAdapterError, ArtefactError, UnknownAdapterError, near
 from anyadapter.core.fingerprint import check_fingerprint
 from anyadapter.core.host import Host
 from anyadapter.formats import layouts
@@ -39,7 +42,8 @@ class Registered:
         id: ``name@version``; a name registered again gets another one, so that nothing of the old is taken for it.
         stamp: size and time of the file when it was checked; a file that has changed since is refused.
         scale: saved with the adapter.
-        kept: its cells, where its file no longer holds them.
+        checked: whether its values were found sound.
+        kept: its cells, where they are kept in memory, or its file no longer holds them.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Registered:
     base: str | None
     bytes: int
     created: float
+    checked: bool = False
     kept: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -105,10 +110,8 @@ class AdapterStore:
         self.root = Path(root).resolve() if root is not None else None
         self.max_rank, self.max_cells, self.keep = max_rank, max_cells, keep
         self.by_name: dict[str, Registered] = {}
-        self.templates: dict[str, Template] = {}
-        self.packed: dict[str, Tensor] = {}
-        self.checked: set[str] = set()  # identities whose values were found sound
-        self.bases: set[str] = set()  # fingerprints that fit this base
+        self.templates: WeakValueDictionary[str, Template] = WeakValueDictionary()  # of adapters that somebody has
+        self.base = ""  # the last fingerprint that fitted this base; most adapters have the same
         self.versions = itertools.count(1)
 
     def names(self) -> list[str]:
@@ -155,30 +158,34 @@ class AdapterStore:
 
     def forget(self, found: Registered) -> None:
         del self.by_name[found.name]
-        self.packed.pop(found.id, None)
-        self.checked.discard(found.id)
 
     def scan(self) -> dict[str, str]:
         """Register every folder under ``root``. Returns the refused ones, each with the reason."""
         refused = {}
         for path in sorted(self.root.iterdir()) if self.root else []:
-            if (path / CONFIG).exists():
-                try:
+            try:
+                if (path / CONFIG).exists():
                     self.register(path.name, check=False)
-                except AnyAdapterError as error:
-                    refused[path.name] = str(error)
+            except (AnyAdapterError, OSError) as error:
+                refused[path.name] = str(error)
         return refused
 
     def examine(self, name: str, folder: str | Path | None = None) -> Registered:
         """All of :meth:`register` that reads headers only; the store is not changed."""
         if not NAME.fullmatch(name):
             raise ArtefactError(f"An adapter's name is 1 to 128 letters, digits, '.', '_' or '-', not {name[:200]!r}.")
-        where = str(folder if folder is not None else name)
+        with distrust(name):
+            return self.look(name, str(folder if folder is not None else name))
+
+    def look(self, name: str, where: str) -> Registered:
+        """What the configuration and the header in a folder say."""
         path = inside(self.root, where) if self.root is not None else Path(where)
         for file in (CONFIG, TENSORS) if self.root is not None else ():
             if (path / file).is_symlink() and self.root not in (path / file).resolve().parents:
                 raise ArtefactError(f"{file} of {where!r} leads out of the folder of adapters.")
-        config, shapes = read_json(path / CONFIG), read_header(path / TENSORS)
+        config = read_json(path / CONFIG)
+        seen = stamp(path)  # before the header, so that a file put there meanwhile is noticed
+        shapes = read_header(path / TENSORS)
         ours = config.get(KEY)
         ours = ours if isinstance(ours, dict) else {}
         template = self.template(path, config, shapes)
@@ -190,8 +197,8 @@ class AdapterStore:
             )
         self.check_base(ours)
         scale = ours.get("scale", 1.0)
-        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-            raise ArtefactError(f"{name!r}: the saved scale is {scale!r}, not a number.")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ArtefactError(f"{name!r}: the saved scale is {scale!r}, not a finite number.")
         return Registered(
             name=name,
             id=f"{name}@{next(self.versions)}",
@@ -199,11 +206,11 @@ class AdapterStore:
             method=template.adapter.config.method,
             packing=template.packing,
             template=template,
-            stamp=stamp(path),
+            stamp=seen,
             scale=float(scale),
             sha256=ours.get("tensors_sha256"),
             base=config.get("base_model_name_or_path"),
-            bytes=(path / TENSORS).stat().st_size,
+            bytes=seen[0],
             created=time.time(),
         )
 
@@ -214,9 +221,10 @@ class AdapterStore:
         if isinstance(ours, dict):
             same[KEY] = {k: v for k, v in ours.items() if k not in VOLATILE}
         key = json.dumps([same, shapes], sort_keys=True)
-        if key not in self.templates:
-            self.templates[key] = self.make_template(path, config, shapes)
-        return self.templates[key]
+        template = self.templates.get(key)
+        if template is None:
+            template = self.templates[key] = self.make_template(path, config, shapes)
+        return template
 
     def make_template(self, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Template:
         meta = on_meta(shapes)
@@ -233,11 +241,8 @@ class AdapterStore:
         else:
             layout = layouts.detect(path, config, meta)
             settings = layout.read_config(config, meta, self.host)
-        try:
-            with torch.device("meta"):
-                adapter = method_of(settings)(settings, self.host)
-        except (TypeError, RuntimeError) as error:  # a setting of the wrong type that no check of its own caught
-            raise ConfigError(f"{path}: no adapter can be made of its settings: {error}") from None
+        with torch.device("meta"):
+            adapter = method_of(settings)(settings, self.host)
         mine = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
         bits = read_bits((ours or {}).get("bits"), mine)
         meta = on_meta(unpacked_shapes(bits, shapes, mine))
@@ -253,36 +258,32 @@ class AdapterStore:
         if expected is None:
             return
         key = json.dumps(expected, sort_keys=True)
-        if key not in self.bases:
+        if key != self.base:
             check_fingerprint(self.host, expected)
-            self.bases.add(key)
+            self.base = key
 
     def pack(self, found: Registered) -> Tensor:
         """The adapter's cells, read from its file: (layers, 2, cells, W).
 
         Raises:
-            ArtefactError: the file has changed since it was registered, is damaged, or holds numbers that are not finite.
+            ArtefactError: the file has changed since it was registered, is damaged, holds numbers that are not finite, or
+                memory is short.
         """
         if found.kept is not None:
             return found.kept
-        if found.id in self.packed:
-            return self.packed[found.id]
-        try:
-            if stamp(found.folder) != found.stamp:
-                raise ArtefactError(f"The files of {found.name!r} have changed since it was loaded; load it again.")
-            tensors = self.read(found)
-        except OSError as error:
-            raise ArtefactError(f"The files of {found.name!r} cannot be read: {error}") from None
-        packed = found.packing.pack(tensors)
-        self.checked.add(found.id)
-        if self.keep:
-            self.packed[found.id] = packed.pin_memory() if torch.cuda.is_available() else packed
+        with distrust(found.name):
+            check_stamp(found)
+            packed = found.packing.pack(self.read(found))
+            check_stamp(found)  # it may have been replaced while it was read
+            if self.keep:
+                packed = found.kept = packed.pin_memory() if torch.cuda.is_available() else packed
+        found.checked = True
         return packed
 
     def read(self, found: Registered) -> Mapping[str, Tensor | Packed]:
         """An adapter's tensors, by its own names. The first time, they are compared with what was saved."""
         tensors = load((found.folder / TENSORS).read_bytes())  # as in formats/files.py
-        if found.id not in self.checked and found.sha256 is not None and digest(tensors) != found.sha256:
+        if not found.checked and found.sha256 is not None and digest(tensors) != found.sha256:
             raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
         template = found.template
         values = dict(template.layout.read({KEY: {"bits": template.bits}}, tensors, template.adapter))
@@ -295,6 +296,26 @@ class AdapterStore:
 def on_meta(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors of these shapes without values."""
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@contextmanager
+def distrust(name: str) -> Iterator[None]:
+    """Make an :class:`ArtefactError` of whatever goes wrong with an adapter's files.
+
+    They come from elsewhere: they can be malformed in more ways than there are checks, and each must cost this adapter only.
+    """
+    try:
+        yield
+    except AnyAdapterError:
+        raise
+    except Exception as error:
+        raise ArtefactError(f"{name!r} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def check_stamp(found: Registered) -> None:
+    """Raise an :class:`ArtefactError` if an adapter's tensors are not those that were registered."""
+    if stamp(found.folder) != found.stamp:
+        raise ArtefactError(f"The files of {found.name!r} have changed since it was loaded; load it again.")
 
 
 def stamp(folder: Path) -> tuple[int, int]:

@@ -13,6 +13,7 @@ and the adapters' traffic is O(T r).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,17 +27,20 @@ import torch
 from torch import Tensor
 
 from anyadapter.core.adapter import Adapter
-from anyadapter.core.errors import AnyAdapterError, TargetError
+from anyadapter.core.errors import ArtefactError, TargetError
 from anyadapter.core.fingerprint import check_fingerprint
 from anyadapter.serving.engine import Engine, EngineSettings
+from anyadapter.serving.loop import trace
 from anyadapter.serving.mixed import Mixed, MixedConfig, flat
 from anyadapter.serving.packing import Block, Packing, Part, dense, plan
 from anyadapter.serving.pool import KEYS, VALUES
 from anyadapter.serving.request import Output, Request, Sampling
 from anyadapter.serving.sampling import Choice
-from anyadapter.serving.split import Split
+from anyadapter.serving.split import LostError, Split
 from anyadapter.serving.store import AdapterStore, Registered
 from anyadapter.serving.tables import Products, Uses, Work, bounds
+
+logger = logging.getLogger(__name__)
 
 Command = list[Any]  # what to do, and with what; JSON
 
@@ -128,7 +132,7 @@ class Division:
 
 
 class SplitStore(AdapterStore):
-    """Adapters by name; this process reads its part of their files. Those of the first process are made known to all."""
+    """Adapters by name, of which this process keeps its part. Those of the first process are made known to all."""
 
     split: Split
     tell: Callable[[Command], None]
@@ -150,12 +154,7 @@ class SplitStore(AdapterStore):
     def read(self, found: Registered) -> dict[str, Tensor]:
         """This process's part of the tensors."""
         packing: Any = found.packing
-        parts = {}
-        for name, found_there in super().read(found).items():
-            tensor = dense(found_there)
-            cut = packing.cuts.get(name, (ALL,))
-            empty = any(s.start is not None and s.start == s.stop for s in cut)
-            parts[name] = tensor[:0] if empty else tensor[cut]
+        parts = {name: dense(whole)[packing.cuts.get(name, ...)] for name, whole in super().read(found).items()}
         if packing.prefix:  # (n, layers · 2 · heads · dim): this process's heads
             prompt = parts[packing.prompt].reshape(packing.prefix, self.layers, 2, self.split.size, self.width)
             parts[packing.prompt] = prompt[..., self.split.rank, :]
@@ -163,7 +162,7 @@ class SplitStore(AdapterStore):
 
     def enter(self, found: Registered) -> None:
         where = str(found.folder) if self.root is None else found.folder.name
-        self.tell(["enter", found.name, where, found.id, found.id in self.checked])
+        self.tell(["enter", found.name, where, found.id, found.checked])
         self.split.agree(lambda: None)
         super().enter(found)
 
@@ -176,7 +175,12 @@ class SplitStore(AdapterStore):
                 self.pack(found)
             return found
 
-        super().enter(self.split.agree(prepare))
+        try:
+            super().enter(self.split.agree(prepare))
+        except LostError:
+            raise
+        except Exception as error:  # the first process tells whoever asked
+            logger.warning("adapter %s is refused: %s", name, trace(error))
 
     def unload(self, name: str) -> Registered:
         found = super().unload(name)
@@ -257,6 +261,12 @@ class SplitEngine(Engine):
     The first process decides what is asked and when, and chooses the tokens; it tells the others before each step. All else
     follows in each process by itself.
 
+    A failure that can be agreed costs what it costs in one process: whatever goes wrong in any of them while an adapter is
+    registered or a request is started, and an error in a pass that all meet at the same place. An error that one process
+    meets alone in the middle of a pass cannot be agreed, as the others are waiting for its next tensor: it ends the group. The
+    process that failed raises :class:`LostError` within ``PATIENCE``, the others once it has ended (over gloo; in any case when
+    the timeout given to ``torch.distributed`` is over). For commands and tokens they wait as long as the first process lives.
+
     Args:
         model: as for :class:`Split`; ``torch.distributed`` is initialised.
         settings: the same in every process.
@@ -296,8 +306,22 @@ class SplitEngine(Engine):
         """During a step, the time at which the first process began it."""
         return self.own_clock() if self.now is None else self.now
 
-    def packed(self, registered: Registered) -> Tensor:
-        return self.split.agree(lambda: super(SplitEngine, self).packed(registered))
+    def start(self, request: Request) -> None:
+        """As in one process. What can go wrong differs from process to process; those where nothing did give it up too."""
+        super().start(request)
+
+        def check() -> None:
+            if request.id not in self.sequences:
+                raise ArtefactError("It could not be started here.")
+
+        try:
+            self.split.agree(check)
+        except ArtefactError as error:
+            self.end(request, "error", str(error))  # nothing, where it has ended
+
+    def failed(self, pieces: Any, error: Exception) -> None:
+        self.split.check_same(error)
+        super().failed(pieces, error)
 
     def choose(self, logits: Tensor, requests: list[Request]) -> list[Choice]:
         choices = super().choose(logits, requests) if self.split.rank == 0 else []
@@ -325,17 +349,27 @@ class SplitEngine(Engine):
             self.commands.append(["cancel", id])
 
     def step(self) -> list[Output]:
-        if not self.leads:
-            return super().step()
-        self.now = self.own_clock()
+        """As in one process.
+
+        Raises:
+            LostError: the processes no longer do the same. So it is after any error that was not foreseen.
+        """
         try:
-            self.tell(["step", self.now])
+            if self.leads:
+                self.now = self.own_clock()
+                self.tell(["step", self.now])
             return super().step()
+        except LostError:
+            raise
+        except Exception as error:
+            raise self.split.lose(error) from error
         finally:
-            self.now = None
+            if self.leads:
+                self.now = None
 
     def close(self) -> None:
-        self.tell(["close"])
+        with suppress(LostError):  # then the others end by themselves
+            self.tell(["close"])
         super().close()
 
     # ------------------------------------------------------------------ the others
@@ -344,8 +378,8 @@ class SplitEngine(Engine):
         """Do what the first process does, until it closes its engine.
 
         Raises:
-            LostError: another process is gone. Whatever else is raised, these processes no longer do the same; let this one
-                end, and the others will notice.
+            LostError: another process is gone, or this one has failed alone. Whatever is raised, these processes no longer do
+                the same; let this one end, and the others will notice.
         """
         while True:
             for what, *with_what in self.split.share():
@@ -364,7 +398,6 @@ class SplitEngine(Engine):
             self.now = with_what[0]
             self.step()
         elif what == "enter":
-            with suppress(AnyAdapterError):  # the first process tells whoever asked
-                self.store.follow(*with_what)  # type: ignore[attr-defined]
+            self.store.follow(*with_what)  # type: ignore[attr-defined]
         else:
             {"cancel": self.cancel, "unload": self.store.unload}[what](*with_what)

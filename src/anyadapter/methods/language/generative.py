@@ -12,6 +12,7 @@ saved, and turned into an ordinary LoRA. Tensors are named as in the authors' co
 from __future__ import annotations
 
 import math
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyadapter.core.adapter import Adapter, AdapterConfig, Branch, Targets, escape
-from anyadapter.core.errors import AttachError, ConfigError, SignalError, TargetError
+from anyadapter.core.errors import AttachError, BaseMismatchError, ConfigError, SignalError, TargetError
 from anyadapter.core.fingerprint import fingerprint
 from anyadapter.core.host import Host, device_of, features
 from anyadapter.core.site import Site
 from anyadapter.methods.language.lora import LoRAConfig
-from anyadapter.parts.context import State, digest, token_ids, windows
+from anyadapter.parts.context import State, digest, sampled, token_ids, windows
 from anyadapter.parts.low_rank import truncated
 from anyadapter.parts.spectrum import leading, randomised
 
@@ -121,6 +122,7 @@ class Generative(Adapter):
             self.at(Site(layer, host.modules[layer]), partial(self.listen, layer))
         for site in sites:
             self.at(site, Generator(site.module, int(width), config, partial(self.core, site.path)))
+        self.mark = uuid.uuid4().hex  # of what it reads
         self.recorded: dict[str, Tensor] | None = None  # what entered each layer, where it is asked for
         self.products: dict[str, Tensor] | None = None  # O of every row, where it is asked for
 
@@ -150,18 +152,38 @@ class Generative(Adapter):
         return self.seen(path, state)
 
     def known(self, path: str, state: State | None) -> Tensor | None:
-        """N(S) of a state, (1, R1, R2), computed once."""
-        if state is None or (isinstance(state, State) and not state.windows):
+        """N(S) of a state, (1, R1, R2), computed once; None where nothing was read."""
+        if state is None:
             return None
-        if not isinstance(state, State) or path not in state.outer:
+        if not isinstance(state, State):
             raise SignalError(
-                f"The signal 'state' of {self.name!r} is a {type(state).__name__} that holds nothing for {path}; expected a "
-                "State this adapter has read."
+                f"The signal 'state' of {self.name!r} is a {type(state).__name__}; expected a State this adapter has read."
             )
-        if path not in state.cores:
-            with exactly(state.outer[path]):
-                state.cores[path] = self.normalised(state.outer[path][None], torch.full((1,), state.windows))
-        return state.cores[path]
+        if not state.windows:
+            return None
+        self.recognise(state)
+        S = state.outer[path]
+        # Besides this adapter's settings, it depends on the guard of training, and has a gradient or not.
+        key = (path, self.mark, self.training, S.requires_grad and torch.is_grad_enabled())
+        if key not in state.cores:
+            with exactly(S):
+                state.cores[key] = self.normalised(S[None], torch.full((1,), state.windows))
+        return state.cores[key]
+
+    def recognise(self, state: State) -> None:
+        """Refuse a state that another generator has read. Its recipe is compared once; no more is asked of what this one read.
+
+        Raises:
+            BaseMismatchError: another generator has read it.
+        """
+        if self.mark in state.readers:
+            return
+        if {**state.recipe, **self.signature()} != state.recipe:
+            raise BaseMismatchError(
+                f"A state that another generator than {self.name!r} has read; read the context with this one. Where two are "
+                "attached, turn the other off with `adapter.enabled = False`."
+            )
+        state.readers.add(self.mark)
 
     def stacked(self, path: str, states: Sequence[State | None]) -> Tensor | None:
         """N(S) of each row's own state, (rows, R1, R2)."""
@@ -188,6 +210,7 @@ class Generative(Adapter):
             sums, which = sees[:, read].to(products.dtype).unique(dim=0, return_inverse=True)
             total, count = torch.einsum("sr,rij->sij", sums, products), sums.sum(1)
             if before is not None and before.windows:
+                self.recognise(before)
                 total, count = total + before.outer[path], count + before.windows
             return self.normalised(total, count)[which]
 
@@ -234,8 +257,9 @@ class Generative(Adapter):
             at_once: windows in one call of the model. The result is the same; 1 needs the least memory.
 
         Raises:
-            ConfigError: no such mode, no tokens, or text without a tokenizer.
+            ConfigError: no such mode, no tokens, text without a tokenizer, or a ``state`` without a recipe.
             AttachError: the adapter is not attached to this model, or is disabled.
+            BaseMismatchError: another generator has read ``state``.
         """
         ids = token_ids(context, tokenizer)
         steps = self.reading(model, ids, mode=mode, window=window, state=state, at_once=at_once)
@@ -252,19 +276,22 @@ class Generative(Adapter):
         at_once: int = 1,
     ) -> Iterator[State]:
         """:meth:`read` in steps: what is known after each window, so that other work can be done in between."""
-        ids = token_ids(ids)
+        ids, host = token_ids(ids), self.attached_to(model)
         if mode not in MODES:
             raise ConfigError(f"There is no mode {mode!r} of reading; expected one of {', '.join(MODES)}.")
+        state = state or self.nothing(host)
+        recipe, reads = state.recipe, state.reads
         length = len(ids) if mode == "concat" else window or self.config.window
         rows, mask = windows(ids, length)
-        read = {"mode": mode, "window": length, "tokens": len(ids), "windows": len(rows), "context": digest([ids])}
+        read = {"mode": mode, "window": length, "tokens": len(ids), "context": digest(ids)}
+        read["after"] = 0 if mode == "parallel" else len(reads)
         for start in range(0, len(rows), at_once):
             part = slice(start, start + at_once)
             state = self.read_windows(
                 model, rows[part], mask[part], alone=mode == "parallel", state=state, at_once=at_once
             )
-            if part.stop >= len(rows):
-                state = replace(state, recipe={**state.recipe, "reads": [*state.recipe["reads"], read]})
+            read = {**read, "windows": min(part.stop, len(rows))}
+            state = replace(state, recipe={**recipe, "reads": [*reads, read]})
             yield state
 
     @torch.no_grad()
@@ -278,19 +305,28 @@ class Generative(Adapter):
         state: State | None = None,
         at_once: int = 1,
     ) -> State:
-        """:meth:`read` for a context that is cut already, (windows, tokens); ``alone`` is the mode ``"parallel"``."""
-        host = Host.of(model)
-        if host.adapters.get(self.name) is not self or not self.active:
-            raise AttachError(f"{self.name!r} is not attached to this model, or is disabled; it cannot read.")
+        """:meth:`read` for a context that is cut already, (windows, tokens); ``alone`` is the mode ``"parallel"``.
+
+        What comes back is for use: without a recipe it cannot be saved, added or taken away.
+        """
+        host = self.attached_to(model)
         state = state or self.nothing(host)
+        self.recognise(state)
         outer, count, device = dict(state.outer), state.windows, device_of(host.model)
         for rows, seen in zip(ids.to(device).split(at_once), mask.to(device).split(at_once)):
-            known = None if alone else State(dict(outer), count, {})
+            known = None if alone else State(dict(outer), count, {}, {self.mark})
             sees = torch.ones(len(rows), len(rows), device=device).tril(-1) * (not alone)
             for path, products in self.look(host, rows, seen, sees, known).items():
                 outer[path] = outer[path] + products.float().sum(0)
             count += len(rows)
-        return State(outer, count, state.recipe)
+        return State(outer, count, {}, {self.mark})
+
+    def attached_to(self, model: nn.Module) -> Host:
+        """The host of a model this adapter acts in. Raises :class:`AttachError` when it does not."""
+        host = Host.of(model)
+        if host.adapters.get(self.name) is not self or not self.active:
+            raise AttachError(f"{self.name!r} is not attached to this model, or is disabled; it cannot read.")
+        return host
 
     def look(self, host: Host, ids: Tensor, mask: Tensor, sees: Tensor, known: State | None) -> dict[str, Tensor]:
         """O of each window at every linear, (windows, R1, R2), from one call of the model without its head."""
@@ -310,13 +346,12 @@ class Generative(Adapter):
         for path in self.layer_of:
             weight = self.generator(path).A1.weight
             outer[path] = torch.zeros(self.config.inner, self.config.rank, device=weight.device)
-        return State(outer, 0, {**self.recipe(host), "reads": []})
+        return State(outer, 0, {**self.signature(), "base": fingerprint(host), "reads": []}, {self.mark})
 
-    def recipe(self, host: Host) -> dict[str, Any]:
-        """What makes a state of this adapter and this base: settings and fingerprints."""
-        tensors = self.tensors()
-        generator = digest([tensors[name] for name in sorted(tensors)])
-        return {"config": self.config.to_dict(), "base": fingerprint(host), "generator": generator}
+    def signature(self) -> dict[str, Any]:
+        """What tells this generator from others, in the recipes of what it reads: settings, and a hash of its tensors."""
+        tensors = self.values()
+        return {"config": self.config.to_dict(), "generator": sampled([tensors[name] for name in sorted(tensors)])}
 
     # ------------------------------------------------------------------ training on contexts read once
 
@@ -339,7 +374,7 @@ class Generative(Adapter):
     def recall(self, hidden: Mapping[str, Tensor], mask: Tensor) -> State:
         """The state of one context from the record of its windows, with gradients to the generator. It cannot be saved."""
         outer = {path: self.generator(path).outer(hidden[layer], mask).sum(0) for path, layer in self.layer_of.items()}
-        return State(outer, len(mask), {})
+        return State(outer, len(mask), {}, {self.mark})
 
     # ------------------------------------------------------------------ as an ordinary LoRA
 
@@ -352,6 +387,7 @@ class Generative(Adapter):
 
         Raises:
             ConfigError: the rank is no positive integer.
+            BaseMismatchError: another generator has read the state.
         """
         rank = self.config.generated_rank if rank is None else rank
         config = LoRAConfig(rank=rank, alpha=float(rank), targets=tuple(self.layer_of))

@@ -54,6 +54,7 @@ class MHRConfig(AdapterConfig):
         dropout: probability, on the weights.
         shared_skill: the last skill is on for every task.
         normalise: divide the weights of a head by their sum; otherwise multiply them by √(S / K).
+        uniformity: how far learned weights are on their way to 1 / K, from 0 to 1; see :attr:`MHR.uniformity`.
         official: as in the authors' code, dropout acts outside training too, and private skills are mixed up: B of a row has
             lines of other rows' tasks.
         targets: linears to adapt.
@@ -73,6 +74,7 @@ class MHRConfig(AdapterConfig):
     dropout: float = 0.0
     shared_skill: bool = False
     normalise: bool = True
+    uniformity: float = 0.0
     official: bool = False
     targets: Targets = "all-linear"
     exclude: Targets = ()
@@ -88,6 +90,7 @@ class MHRConfig(AdapterConfig):
         for name, known in (("selector", SELECTORS), ("granularity", GRANULARITIES), ("weights", WEIGHTS)):
             self.require(name, getattr(self, name) in known, f"one of {', '.join(map(repr, known))}")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        self.require("uniformity", 0 <= self.uniformity <= 1, "from 0 to 1")
         average, private = self.selector == "average", self.selector == "private"
         self.require("tasks", bool(self.tasks) or average, "the names of the tasks")
         self.require("tasks", not (self.tasks and average), "left out: an average does not tell tasks apart")
@@ -96,7 +99,9 @@ class MHRConfig(AdapterConfig):
         self.require("weights", self.weights != "l2" or not shaped, "another where dropout and the like are set")
         self.require("splits", not (private and self.official) or self.splits == 1, "1 for official private skills")
         plain = self.weights == "sigmoid" and not shaped
-        self.require("selector", self.selector == "learned" or plain, "'learned' where the weights are shaped")
+        learned = self.selector == "learned"
+        self.require("selector", learned or plain, "'learned' where the weights are shaped")
+        self.require("uniformity", learned or self.uniformity == 0, "0 where the weights are not learned")
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,9 @@ class MHR(Adapter):
 
     A is mixed head by head along the input, B along the output, each by itself before their product (card, section 4).
     A fresh adapter changes nothing. The weights are computed in fp32, whatever the dtype of the base.
+
+    :meth:`with_task`, :meth:`to_average`, :meth:`with_splits` and :meth:`collapse` make a new adapter of what this one
+    computes with: its scale is in the new alpha, and what was quantised is dense, with the rounded values.
     """
 
     Config = MHRConfig
@@ -229,8 +237,8 @@ class MHR(Adapter):
         known = () if alone else self.config.tasks
         if name in known:
             raise ConfigError(f"There is a task {name!r} already.")
-        config, tensors = replace(self.config, tasks=(*known, name)), {}
-        for key, tensor in self.tensors().items():
+        config, tensors = replace(self.config, tasks=(*known, name), alpha=self.config.alpha * self.scale), {}
+        for key, tensor in self.values().items():
             tensors[key] = tensor.detach().clone()
             if key.endswith(".module_logits"):
                 row = self.first_row(tensors[key], init)
@@ -256,10 +264,12 @@ class MHR(Adapter):
             self.config,
             selector="average",
             tasks=(),
+            alpha=self.config.alpha * self.scale,
             weights="sigmoid",
             dropout=0.0,
             shared_skill=False,
             normalise=True,
+            uniformity=0.0,
         )
         return config, {k: t.detach().clone() for k, t in self.values().items() if not k.endswith(".module_logits")}
 
@@ -273,10 +283,11 @@ class MHR(Adapter):
             raise ConfigError(
                 f"{self.config.splits} heads can be cut into a multiple, with normalise=True, not {splits}."
             )
-        config, tensors, parts = replace(self.config, splits=splits), {}, splits // self.config.splits
+        parts, alpha = splits // self.config.splits, self.config.alpha * self.scale
+        config, tensors = replace(self.config, splits=splits, alpha=alpha), {}
         for path, branch in self.routed_branches().items():
             check_widths(config, path, nn.Linear(*branch.widths, device="meta"))
-        for key, tensor in self.tensors().items():
+        for key, tensor in self.values().items():
             if key.endswith(".module_logits"):
                 heads = tensor.detach().unflatten(1, (self.config.splits, self.config.skills))
                 tensors[key] = heads.repeat_interleave(parts, dim=1).flatten(1)
@@ -322,16 +333,16 @@ class MHR(Adapter):
     def uniformity(self) -> float:
         """How far the weights are on their way to 1 / K, from 0 to 1: α ← c α + (1 − c) / K, c = cos(π / 2 · uniformity).
 
-        Raise it from 0 to 1 over the last steps of the training on many tasks where :meth:`to_average` is to follow.
+        Raise it from 0 to 1 over the last steps of the training on many tasks where :meth:`to_average` is to follow. It is one
+        of the settings, so that an adapter that was saved on the way computes the same when it is loaded.
         """
-        return max((branch.selector.uniformity for branch in self.routed_branches().values()), default=0.0)
+        return self.config.uniformity
 
     @uniformity.setter
     def uniformity(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ConfigError(f"uniformity is {value!r}; it goes from 0 to 1.")
+        self.config = replace(self.config, uniformity=float(value))
         for branch in self.routed_branches().values():
-            branch.selector.uniformity = float(value)
+            branch.selector.config = self.config
 
     def monitor(self, part: str = "") -> dict[str, float]:
         """Means of :func:`discreteness`, :func:`sparsity` and :func:`efficiency` over the learned selectors.
@@ -339,7 +350,7 @@ class MHR(Adapter):
         Args:
             part: of those alone whose names begin so, such as ``"encoder."``.
         """
-        chosen = {name: tensor for name, tensor in self.tensors().items() if name.startswith(part)}
+        chosen = {name: tensor for name, tensor in self.values().items() if name.startswith(part)}
         logits = [tensor.detach().float() for name, tensor in chosen.items() if name.endswith(".module_logits")]
         measures = (discreteness, sparsity, efficiency)
         return {m.__name__: sum(map(m, logits)) / len(logits) for m in measures if logits}
@@ -354,7 +365,6 @@ class Selector(nn.Module):
     def __init__(self, config: MHRConfig) -> None:
         super().__init__()
         self.config = config
-        self.uniformity = 0.0
         if config.selector == "learned":
             start = torch.empty(len(config.tasks), config.splits * config.skills).uniform_(-NOISE, NOISE)
             self.module_logits = nn.Parameter(start)
@@ -412,9 +422,9 @@ class Selector(nn.Module):
 
     def blend(self, alpha: Tensor) -> Tensor:
         """α on its way to 1 / K."""
-        if self.uniformity == 0:
+        if self.config.uniformity == 0:
             return alpha
-        kept = math.cos(math.pi / 2 * self.uniformity)
+        kept = math.cos(math.pi / 2 * self.config.uniformity)
         return kept * alpha + (1 - kept) / self.config.skills
 
 

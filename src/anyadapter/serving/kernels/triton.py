@@ -169,7 +169,7 @@ class Triton:
             shrink_kernel[len(x) // TILE + segments, ROW_PROGRAMS, splits](
                 x, x.stride(0), pool, pool.stride(0), rows.tokens, rows.rows, rows.hidden, *where.pop("tables"), hidden,
                 segments, chunks, x.shape[1], rows.total, SEGMENTS=triton.next_power_of_2(segments), TOKENS=TILE, ROWS=TILE,
-                PROGRAMS=ROW_PROGRAMS, SPLITS=splits, PRECISION=precision(x.dtype), **where,
+                PROGRAMS=ROW_PROGRAMS, SPLITS=splits, PRECISION=precision(x.dtype, rows), **where,
             )  # fmt: skip
         return hidden.sum(0)
 
@@ -180,7 +180,7 @@ class Triton:
             expand_kernel[len(y) // TILE + segments, chunks * triton.cdiv(where["SPAN"], where["COLUMNS"])](
                 hidden, y, y.stride(0), pool, pool.stride(0), rows.tokens, rows.rows, rows.hidden, *where.pop("tables"),
                 rows.scale, segments, chunks, y.shape[1], SEGMENTS=triton.next_power_of_2(segments), TOKENS=TILE, ROWS=TILE,
-                PRECISION=precision(y.dtype), **where,
+                PRECISION=precision(y.dtype, rows), **where,
             )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor, keys: Tensor, values: Tensor, down: Rows, up: Rows) -> None:
@@ -229,5 +229,6 @@ def columns(width: int) -> int:
     return max(TILE, min(128, triton.next_power_of_2(width)))
 
 
-def precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype is torch.float32 else "tf32"
+def precision(dtype: torch.dtype, rows: Rows | None = None) -> str:
+    """Of a product's numbers: TF32 holds all of a 16-bit number, but not the levels of bits, which are fp32."""
+    return "ieee" if dtype is torch.float32 or (rows is not None and rows.bits is not None) else "tf32"
