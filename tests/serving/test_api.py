@@ -366,7 +366,7 @@ def test_no_request_fails_inside_whether_it_fits_the_schema_or_not(live: Live) -
     statuses = Counter[int]()
 
     @settings(
-        max_examples=400,
+        max_examples=300,
         deadline=None,
         derandomize=True,
         phases=[Phase.generate],
