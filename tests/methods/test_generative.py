@@ -583,3 +583,17 @@ def test_a_real_model(smollm: nn.Module, smollm_tokenizer: Any) -> None:
     config, tensors = adapter.export(state)
     aa.attach(smollm, config, "lora").load_tensors(tensors)
     torch.testing.assert_close(logits(smollm, question), used, atol=1e-2, rtol=1e-3)
+
+
+def test_windows_filled_up_say_the_same() -> None:
+    """Of 19 tokens in two windows, of 10 and 9: filled up to 16, and to 12 where the window is no longer."""
+    model, adapter = ready()
+    lengths: list[int] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    plain = adapter.read(model, tokens(19), window=12)
+    for window, wanted in ((12, 12), (18, 16)):
+        lengths.clear()
+        *_, filled = adapter.reading(model, tokens(19), window=window, multiple=16)
+        assert lengths == [wanted, wanted]
+        same(filled, plain, atol=1e-5, rtol=1e-4)

@@ -33,6 +33,7 @@ from anyadapter.serving.store import Registered
 
 GENERATOR = "generator"  # the name it is attached under
 STATE = "context.safetensors"  # in the adapter's folder
+GRAIN = 32  # windows are filled up to multiples of so many tokens: oneDNN keeps kernels for each length it has met
 
 
 def attach_generator(model: nn.Module, folder: str | Path, max_context: int | None = None) -> Generative:
@@ -122,7 +123,7 @@ class Contexts:
         async with self.lock:
             old = self.growing(name) if grows else None
             state = await self.aside(partial(load_state, old.folder / STATE, engine.model, GENERATOR)) if old else None
-            reading = adapter.reading(engine.model, ids, mode=mode, window=window, state=state)
+            reading = adapter.reading(engine.model, ids, mode=mode, window=window, state=state, multiple=GRAIN)
             while (found := await self.loop.call(partial(self.look, reading))) is not None:
                 state = found
             assert state is not None

@@ -274,8 +274,13 @@ class Generative(Adapter):
         window: int | None = None,
         state: State | None = None,
         at_once: int = 1,
+        multiple: int = 1,
     ) -> Iterator[State]:
-        """:meth:`read` in steps: what is known after each window, so that other work can be done in between."""
+        """:meth:`read` in steps: what is known after each window, so that other work can be done in between.
+
+        Args:
+            multiple: fill windows up to so many tokens, or to ``window``; they have fewer lengths then.
+        """
         ids, host = token_ids(ids), self.attached_to(model)
         if mode not in MODES:
             raise ConfigError(f"There is no mode {mode!r} of reading; expected one of {', '.join(MODES)}.")
@@ -283,6 +288,8 @@ class Generative(Adapter):
         recipe, reads = state.recipe, state.reads
         length = len(ids) if mode == "concat" else window or self.config.window
         rows, mask = windows(ids, length)
+        more = min(-rows.shape[1] % multiple, length - rows.shape[1])
+        rows, mask = F.pad(rows, (0, more)), F.pad(mask, (0, more))
         read = {"mode": mode, "window": length, "tokens": len(ids), "context": digest(ids)}
         read["after"] = 0 if mode == "parallel" else len(reads)
         for start in range(0, len(rows), at_once):
