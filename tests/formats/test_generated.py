@@ -109,7 +109,9 @@ def test_a_state_and_its_generator_survive_their_files(tmp_path: Path) -> None:
     state = adapter.read(model, tokens(9))
     expected = logits(model, state=state)
     aa.save_pretrained(model, tmp_path / "generator")
-    save_state(state, tmp_path / "state.safetensors")
+    path = save_state(state, tmp_path / "state.safetensors")
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode, "readable as any file is"
     aa.detach(model)
     aa.load(model, tmp_path / "generator")
     again = load_state(tmp_path / "state.safetensors", model)

@@ -7,6 +7,7 @@ wraps: ``base_model.model.model.layers.{i}.base_layer.self_attn.o_proj.fastlora_
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError, BaseMismatchError
 from anyadapter.core.fingerprint import check_fingerprint, fingerprint
 from anyadapter.core.host import Host
-from anyadapter.formats.files import read_tensors
+from anyadapter.formats.files import read_tensors, umask
 from anyadapter.formats.native import write
 from anyadapter.methods.language.generative import Generative
 from anyadapter.parts.context import State
@@ -140,6 +141,7 @@ def save_state(state: State, path: str | Path) -> Path:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.outer.items()}
     metadata = {METADATA: json.dumps({"windows": state.windows, "recipe": state.recipe})}
     save_file(tensors, path, metadata=metadata)
+    os.chmod(path, 0o666 & ~umask())  # safetensors would keep it to the owner
     return Path(path)
 
 
