@@ -442,8 +442,8 @@ in one of 36 languages, 2,000 such texts to learn from, on MiniLM, which has rea
 seen, the other two before anything was measured on them. The test is on {tests:,} others. Of the values of s in question (1 and
 10; where there are many 0.01, 0.1, 1, 10 and 100, in runs of a quarter of the steps), the one that is best on the first seed's
 validation part is taken for all seeds, and the rate of learning is the same for all. A new fp32 head is trained along, the same
-for all adapters and not in their bytes: it has 3,880 for the images and 55,440 for the languages. Every adapter is measured as it comes back from
-its file."""
+for all adapters and not in their bytes: it has 3,880 for the images and 55,440 for the languages. Every adapter is measured as it
+comes back from its file."""
 
 
 if __name__ == "__main__":
