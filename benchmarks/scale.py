@@ -311,8 +311,8 @@ class Cluster:
             request.computed += count
             request.output.extend([0] * count)
         finished = [request for request in gpu.scheduler.running if not request.remaining]
-        gpu.scheduler.finished(finished)
         for request in finished:
+            gpu.scheduler.remove(request.id)
             self.router.end(self.calls[request.id].gpu)
             self.done.append(self.calls[request.id])
         self.begin(now, gpu)

@@ -279,11 +279,13 @@ def quantize(
     from anyadapter.formats.layouts import KEY
     from anyadapter.formats.native import locate, save_pretrained
     from anyadapter.formats.quantize import quantize_folder
+    from anyadapter.parts.quantised import check_bits
 
     with plain_errors(), TemporaryDirectory() as scratch:
+        check_bits(bits)  # before a base is loaded
         source = locate(folder)
-        beside = source if folder.is_dir() else Path(folder.name)  # one from the Hub: here
-        target = out or beside.resolve().with_name(f"{folder.resolve().name}-{bits}bit")
+        beside = folder.resolve().parent if folder.is_dir() else Path()  # one from the Hub: here
+        target = out or beside / f"{folder.resolve().name}-{bits}bit"
         if KEY not in read_json(source / CONFIG):
             model, _ = with_adapter(source, base, allow_pickle)
             source = Path(scratch)

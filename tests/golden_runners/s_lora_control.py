@@ -105,7 +105,8 @@ class Simulation:
             request.computed = len(request.prompt) + len(request.output)
             request.output.append(0)
         ended = [request for request in took if not request.remaining]
-        self.scheduler.finished(ended)
+        for request in ended:
+            self.scheduler.remove(request.id)
         if len(ended) == len(took) and isinstance(self.policy, OneAdapter):
             self.events.append(["unmerge"])
         if ended and plan.decode:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -24,6 +24,12 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "pets": lambda: Pets(lambda n, length: 1 + 0.1 * n * length, lambda held, n, length: 0.5 + 0.01 * n * length),
 }
 ids = itertools.count()
+
+
+def end(scheduler: Scheduler, requests: Iterable[Request]) -> None:
+    """These have all their tokens."""
+    for request in requests:
+        scheduler.remove(request.id)
 
 
 def request(prompt: int, output: int, *adapters: str, arrival: float = 0.0, deadline: float | None = None) -> Request:
@@ -70,7 +76,7 @@ class Pool:
                 if job.at == self.now:
                     job.request.arrival = float(self.now)
                     self.scheduler.submit(job.request)
-                if job.cancel == self.now and self.scheduler.cancel(job.request.id) is not None:
+                if job.cancel == self.now and self.scheduler.remove(job.request.id) is not None:
                     assert job.request not in [*self.scheduler.waiting, *self.scheduler.running]
             self.step(ends)
             if (
@@ -94,7 +100,7 @@ class Pool:
             if row.computed == len(row.prompt) + len(row.output):
                 row.output.append(0)
         ended = [row for row in self.scheduler.running if len(row.output) >= ends[row.id]]
-        self.scheduler.finished(ended)
+        end(self.scheduler, ended)
 
     def check(self, plan: Plan) -> None:
         limits, running = self.scheduler.limits, list(self.scheduler.running)

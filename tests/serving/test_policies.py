@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduled import LIMITS, Job, Pool, job_lists, request, scheduler
+from scheduled import LIMITS, Job, Pool, end, job_lists, request, scheduler
 
 from anyadapter.core.errors import ConfigError
 from anyadapter.serving.policies import FCFS, PASSED, VTC, Cluster, EarlyAbort, cut, policy_named
@@ -48,9 +48,9 @@ def test_small_requests_pass_a_big_one_until_it_is_due() -> None:
     for one in small:
         s.submit(one)
     assert s.plan(1.0).admitted == small[:3]
-    s.finished(small[:3])
+    end(s, small[:3])
     assert s.plan(2.0).admitted == []  # room for the others, but the big one is due
-    s.finished([long])
+    end(s, [long])
     assert s.plan(3.0).admitted == [big, *small[3:]]
 
 
@@ -97,7 +97,7 @@ def test_a_busy_adapter_does_not_keep_others_waiting_for_ever(overtakes: int | N
         s.submit(request(3, 3, "a"))
         plan = s.plan(float(turn))
         got += "".join(one.held[0] for one in plan.admitted)
-        s.finished(plan.admitted)
+        end(s, plan.admitted)
     assert got == served
 
 
@@ -127,7 +127,7 @@ def test_vtc_gives_backlogged_adapters_their_shares(
         for one in plan.decode:
             one.computed += 1
             one.output.append(0)
-        s.finished([one for one in s.running if not one.remaining])
+        end(s, [one for one in s.running if not one.remaining])
         for x, y in itertools.permutations(names, 2):
             assert policy.given[x] - policy.given[y] <= bound[x]
 
@@ -138,14 +138,14 @@ def test_an_adapter_that_comes_late_does_not_go_before_all_others() -> None:
         for _ in range(50):
             s.submit(one := request(20, 2, "a"))
             s.plan(0.0)
-            s.finished([one])
+            end(s, [one])
         for name in "bbba":  # the queue is empty when b comes
             s.submit(request(20, 2, name))
         served = ""
         for _ in range(4):
             plan = s.plan(0.0)
             served += plan.admitted[0].held[0]
-            s.finished(plan.admitted)
+            end(s, plan.admitted)
         return served
 
     assert order(VTC()).index("a") <= 1
@@ -158,7 +158,7 @@ def test_vtc_forgets_those_who_are_gone() -> None:
     for i in range(10_000):
         s.submit(one := request(3, 3, f"adapter-{i}"))
         s.plan(0.0)
-        s.finished([one])
+        end(s, [one])
     assert len(policy.given) < 3000
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduled import CELLS, LIMITS, POLICIES, Job, Pool, job_lists, request, scheduler
+from scheduled import CELLS, LIMITS, POLICIES, Job, Pool, end, job_lists, request, scheduler
 
 from anyadapter.core.errors import BusyError, RequestError
 from anyadapter.serving.admission import MiniBatch, Room
@@ -71,7 +71,7 @@ def test_adapters_count_once_and_only_while_they_are_used() -> None:
     s.submit(third := request(10, 5, "b"))
     assert s.plan(0.0).admitted == [first, second]  # 12 + 2 · 15 cells; with b 20 + 15 more, all 77
     assert s.needed == ("a",)
-    s.finished([first])
+    end(s, [first])
     assert s.plan(1.0).admitted == [third]
 
 
@@ -101,7 +101,7 @@ def test_what_is_not_refused_runs_alone(prompt: int, output: int, adapters: set[
     except RequestError:
         assert prompt + output + sum(CELLS[id] for id in adapters) >= 200
         return
-    s.cancel(next(iter(s.waiting)).id)
+    s.remove(next(iter(s.waiting)).id)
     assert s.plan(0.0).admitted == [one]
 
 
@@ -124,7 +124,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     s = scheduler(max_waiting=4, max_running=1)
     for turn in range(5):
         s.submit(request(3, 3))
-        s.finished(s.plan(3.0 * turn).admitted)
+        end(s, s.plan(3.0 * turn).admitted)
     for _ in range(4):
         s.submit(request(3, 3))
     with pytest.raises(BusyError, match="4 requests wait") as error:
@@ -174,9 +174,9 @@ def test_cancel_in_every_state() -> None:
     rows[1].computed, rows[1].output = 3, [0]
     assert list(s.waiting) == [rows[3]]
     for row in rows:
-        assert s.cancel(row.id) is row
-        assert s.cancel(row.id) is None
-    assert s.cancel("never seen") is None
+        assert s.remove(row.id) is row
+        assert s.remove(row.id) is None
+    assert s.remove("never seen") is None
     assert (s.needed, len(s.waiting), len(s.running)) == ((), 0, 0)
     assert s.policy.queues == {}
     s.submit(last := request(150, 37, "a"))

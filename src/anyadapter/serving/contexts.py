@@ -9,7 +9,6 @@ folder of the adapter's name, where they are put together, when all is written a
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import shutil
 import uuid
@@ -156,10 +155,8 @@ class Contexts:
         except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
             raise ArtefactError(f"Could not write what {name!r} has read: {error}. Nothing has changed.") from error
         save_lora(engine.model, state, scratch, GENERATOR)
-        store = copy.copy(engine.store)
-        store.root = None  # the folder's name is none that a client could give
-        made = store.examine(name, scratch)
-        store.pack(made)
+        made = engine.store.examine(name, scratch, anywhere=True)  # the folder's name is none that a client could give
+        engine.store.pack(made)
         return made
 
     def enter(self, made: Registered, old: Registered | None) -> Registered:

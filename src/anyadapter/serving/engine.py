@@ -333,7 +333,7 @@ class Engine:
         """Give back all that a request holds and, unless it was cancelled, tell. One that has ended is left alone."""
         if self.requests.pop(request.id, None) is None:
             return
-        self.scheduler.cancel(request.id)
+        self.scheduler.remove(request.id)
         request.finish = reason
         sequence = self.sequences.pop(request.id, None)
         self.samplers.pop(request.id, None)

@@ -150,16 +150,11 @@ class Scheduler:
                 "max_tokens" if prompt < most else "prompt",
             )
 
-    def cancel(self, id: str) -> Request | None:
-        """Take a request out, waiting or running; None if there is none of that id."""
+    def remove(self, id: str) -> Request | None:
+        """Take a request out that has ended or is given up, waiting or running; None if there is none of that id."""
         if id in self.queue:
             return self._leave(self.queue[id])
         return self.rows.pop(id, None)
-
-    def finished(self, requests: Iterable[Request]) -> None:
-        """Take out running requests that have ended; call it before the next plan."""
-        for request in requests:
-            del self.rows[request.id]
 
     def plan(self, now: float) -> Plan:
         """What the next pass does. The pass is expected to be made: tokens it computes are on the requests at the next call."""

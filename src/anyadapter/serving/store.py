@@ -170,18 +170,22 @@ class AdapterStore:
                 refused[path.name] = str(error)
         return refused
 
-    def examine(self, name: str, folder: str | Path | None = None) -> Registered:
-        """All of :meth:`register` that reads headers only; the store is not changed."""
+    def examine(self, name: str, folder: str | Path | None = None, *, anywhere: bool = False) -> Registered:
+        """All of :meth:`register` that reads headers only; the store is not changed.
+
+        Args:
+            anywhere: the folder is the server's own, and a path that no client gave.
+        """
         if not NAME.fullmatch(name):
             raise ArtefactError(f"An adapter's name is 1 to 128 letters, digits, '.', '_' or '-', not {name[:200]!r}.")
         with distrust(name):
-            return self.look(name, str(folder if folder is not None else name))
+            return self.look(name, str(folder if folder is not None else name), None if anywhere else self.root)
 
-    def look(self, name: str, where: str) -> Registered:
-        """What the configuration and the header in a folder say."""
-        path = inside(self.root, where) if self.root is not None else Path(where)
-        for file in (CONFIG, TENSORS) if self.root is not None else ():
-            if (path / file).is_symlink() and self.root not in (path / file).resolve().parents:
+    def look(self, name: str, where: str, root: Path | None) -> Registered:
+        """What the configuration and the header in a folder say; with a root the folder and its files must be in it."""
+        path = inside(root, where) if root is not None else Path(where)
+        for file in (CONFIG, TENSORS) if root is not None else ():
+            if (path / file).is_symlink() and root not in (path / file).resolve().parents:
                 raise ArtefactError(f"{file} of {where!r} leads out of the folder of adapters.")
         config = read_json(path / CONFIG)
         seen = stamp(path)  # before the header, so that a file put there meanwhile is noticed

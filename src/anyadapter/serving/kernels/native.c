@@ -2,7 +2,8 @@
  *
  * Decoding reads every row once for one token, so it is as fast as memory if reads are asked for early enough: cells lie
  * scattered, the hardware does not foresee them, and each loop asks for the rows after those it works on. Numbers are fp32,
- * or bf16 widened by a shift, or one bit that chooses between a row's two levels; sums are fp32. Work is split by its amount, not by segment: ranks and lengths differ.
+ * or bf16 widened by a shift, or one bit that chooses between a row's two levels; sums are fp32. Work is split by its amount,
+ * not by segment: ranks and lengths differ.
  * Sequences of `least` new tokens and more are left to the caller, whose BLAS does better there.
  */
 #include <omp.h>
