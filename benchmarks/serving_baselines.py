@@ -117,6 +117,10 @@ class Ours(Stepped):
         )
         self.engine = Engine(model, settings=settings)
         self.plain = torch.ones(1 << 26)  # what is read plainly, for the bandwidth
+        self.sizes = {
+            n: Path(options["adapters"], n, "adapter_model.safetensors").stat().st_size for n in options["names"]
+        }
+        self.active: list[int] = []  # bytes of the adapters of running requests, for each pass
         before = memory("VmRSS")  # the base and the pool
         for name in options["names"]:
             self.engine.store.register(name, check=False)
@@ -137,6 +141,8 @@ class Ours(Stepped):
         failed = [output.message for output in outputs if output.finish == "error"]
         if failed:
             raise RuntimeError(failed[0])
+        names = {name for request in self.engine.scheduler.running for name in request.adapters}
+        self.active.append(sum(self.sizes[name] for name in names))
         return [(output.id, len(output.tokens)) for output in outputs]
 
     def drop(self, ids: list[str]) -> None:
@@ -144,8 +150,9 @@ class Ours(Stepped):
             self.engine.cancel(id)
 
     def run(self, calls: list[Call], limit: float) -> dict[str, Any]:
+        self.active.clear()
         result = super().run(calls, limit)
-        return {**result, "bandwidth": bandwidth(self.plain)}
+        return {**result, "bytes": statistics.median(self.active), "bandwidth": bandwidth(self.plain)}
 
     def tell(self) -> dict[str, Any]:
         return {**self.facts, **self.engine.stats(), "rss": memory("VmRSS")}
