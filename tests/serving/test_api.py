@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -390,10 +391,12 @@ def test_no_request_fails_inside_whether_it_fits_the_schema_or_not(live: Live) -
 # ---------------------------------------------------------------------- the process
 
 
-def test_sigterm_lets_requests_finish_and_refuses_new_ones(says: dict[str, str], adapters: tuple[Path, Any]) -> None:
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server in a process of its own."""
     words = ["--base", "smollm2", "--dtype", "float32", "--port", "0", "--pool-tokens", "2000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "anyadapter.cli", "serve", *words, "--adapters", str(adapters[0])],
+        [sys.executable, "-m", "anyadapter.cli", "serve", *words, "--adapters", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ANYADAPTER_DRAIN_SECONDS": "20"},
         stderr=subprocess.PIPE,
         text=True,
@@ -407,26 +410,45 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(says: dict[str, str],
             if '"loaded"' in line:
                 break
         assert '"adapter refused", "adapter": "bad-json"' in seen
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http, ThreadPoolExecutor(1) as pool:
-            whole = pool.submit(http.post, "/v1/completions", json={**completion(PROMPT, 12), "model": "rome"})
-            with http.stream("POST", "/v1/completions", json=completion(PROMPT, 12, stream=True)) as response:
-                lines = response.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                while http.get("/ready").status_code == 200:
-                    pass
-                refused = http.post("/v1/completions", json=completion())
-                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-                assert http.get("/health").status_code == 200
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]"
-            assert len(rest) == 12, "the stream was cut"
-            done = whole.result()
-            assert (done.status_code, done.json()["usage"]["completion_tokens"]) == (200, 12)
-            assert done.json()["choices"][0]["text"].startswith(says["rome"])
-        assert process.wait(20) == 0
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            yield process, http
     finally:
         process.kill()
+
+
+def test_after_a_kill_no_answer_looks_whole_and_the_next_server_serves_the_same_until_sigterm_lets_it_finish(
+    says: dict[str, str], adapters: tuple[Path, Any]
+) -> None:
+    files = {path: path.read_bytes() for path in adapters[0].rglob("*") if path.is_file()}
+    with serving(adapters[0]) as (process, http), ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(http.post, "/v1/completions", json={**completion(PROMPT, 200), "model": "rome"})
+        with http.stream("POST", "/v1/completions", json=completion(PROMPT, 200, stream=True)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                assert "data: [DONE]" not in list(lines)
+        with pytest.raises(httpx.TransportError):
+            whole.result()
+    assert {path: path.read_bytes() for path in adapters[0].rglob("*") if path.is_file()} == files
+    with serving(adapters[0]) as (process, http), ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(http.post, "/v1/completions", json={**completion(PROMPT, 12), "model": "rome"})
+        with http.stream("POST", "/v1/completions", json=completion(PROMPT, 12, stream=True)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while http.get("/ready").status_code == 200:
+                pass
+            refused = http.post("/v1/completions", json=completion())
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert http.get("/health").status_code == 200
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) == 12, "the stream was cut"
+        done = whole.result()
+        assert (done.status_code, done.json()["usage"]["completion_tokens"]) == (200, 12)
+        assert done.json()["choices"][0]["text"].startswith(says["rome"])
+        assert process.wait(20) == 0
 
 
 def test_the_command_explains_its_options() -> None:
