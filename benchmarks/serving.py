@@ -288,7 +288,10 @@ def bound(results: Results, key: Key) -> list[str]:
     if not steps:
         return ["", ""]
     least, reached = median(least for least, _ in steps), median(least / real for least, real in steps)
-    return [f"{least * 1e3:.0f} ms", f"{reached:.0%}" if key[0] not in ONE_BY_ONE else ""]  # their steps have fewer rows
+    return [
+        f"{least * 1e3:.0f} ms",
+        f"{reached:.0%}" if key[0] not in ONE_BY_ONE else "",
+    ]  # their steps have fewer rows
 
 
 HEAD = [
@@ -304,7 +307,7 @@ def table(results: Results) -> list[str]:
         system, count = key
         good = [r for r in rounds if "error" not in r]
         if not good:
-            lines.append(f"| {system} | {count} | – {'| ' * 11}| {rounds[0]['error']} |")
+            lines.append(f"| {system} | {count} | – {'| ' * 10}| {rounds[0]['error']} |")
             continue
         cells = [system, str(count), f"{median(map(speed, good)):.0f}"]
         cells += [ratio(results, key, ("ours", count)), ratio(results, key, ("ours", 0))]
@@ -498,7 +501,7 @@ def draw_growth(results: Results, file: Path) -> None:
             )
         axes.set(title=title, xlabel="adapters", ylim=(0, None))
         axes.set_xscale("symlog", linthresh=1)
-    grid[0, 0].legend()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

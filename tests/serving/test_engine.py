@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from anyadapter.core.errors import RequestError, UnknownAdapterError
 from anyadapter.serving.engine import Engine, EngineSettings
 from anyadapter.serving.loop import EngineLoop
 from anyadapter.serving.request import Request, Sampling
+from anyadapter.serving.threads import helper
 
 TIE = 1e-3  # two logits closer than this are the same to fp32 sums of another order
 RANKS = (8, 16, 32, 64, 12, 1)
@@ -116,6 +119,16 @@ def test_chunked_prefill_and_company_change_nothing(engine: Engine, smollm: nn.M
     pieces.submit(greedy("long", long, 4, a1=1.0))
     assert tokens_of(run(pieces)["long"]) == alone
     pieces.close()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "omp_set_num_threads"), reason="another OpenMP")
+def test_work_beside_the_engines_takes_no_thread_from_it() -> None:
+    own = torch.get_num_threads()
+    with helper("beside") as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == own
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == own
 
 
 def test_reading_an_adapter_again_leaves_nothing_behind(engine: Engine) -> None:

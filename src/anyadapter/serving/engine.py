@@ -10,7 +10,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from anyadapter.serving.settings import EngineSettings
 from anyadapter.serving.store import AdapterStore, Registered
 from anyadapter.serving.tables import Uses, bounds
 from anyadapter.serving.text import TextStream
+from anyadapter.serving.threads import helper
 
 __all__ = ["Engine", "EngineSettings"]
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Engine:
         self.requests: dict[str, Request] = {}  # in hand: waiting and running
         self.sequences: dict[str, Sequence] = {}
         self.samplers: dict[str, Sampler] = {}
-        self.reader = ThreadPoolExecutor(1, "adapters") if settings.read_ahead else None
+        self.reader = helper("adapters") if settings.read_ahead else None
         self.reading: dict[str, Future[Tensor]] = {}
         self.counters = Counters()
         self.outputs: list[Output] = []  # made, and not yet given

@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyadapter.core.errors import AnyAdapterError, RequestError
 from anyadapter.serving.request import Output, Request
+from anyadapter.serving.threads import helper
 
 if TYPE_CHECKING:
     from anyadapter.serving.engine import Engine
@@ -102,7 +102,7 @@ class EngineLoop:
         self.commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.streams: dict[str, Stream] = {}
         self.thread: threading.Thread | None = None
-        self.admin = ThreadPoolExecutor(1, "admin")  # one change of the adapters at a time
+        self.admin = helper("admin")  # one change of the adapters at a time
 
     # ------------------------------------------------------------------ in asyncio
 
