@@ -382,9 +382,12 @@ def plot(found: dict[str, Found], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(found), 3.6), layout="constrained")
+    columns = min(4, len(found))
+    height = -(-len(found) // columns)
+    figure = Figure(figsize=(4 * columns, 3.6 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).flat
     colours = {32: "#b0552b", 4: "#8a8f3a", 2: "#3f8f6f", 1: "#3b6ea5"}
-    for axes, (title, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+    for axes, (title, rows) in zip(panels, found.items()):
         lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for row, (_, results) in rows.items():
             if row == PROBE:
@@ -399,6 +402,8 @@ def plot(found: dict[str, Found], path: Path) -> None:
         axes.set(title=title, xscale="log", xlabel="bytes of the file", ylabel="% right")
         axes.legend(fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels:  # those that are left
+        axes.set_visible(False)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
