@@ -387,7 +387,7 @@ def plot(found: dict[str, Found], path: Path) -> None:
     figure = Figure(figsize=(4 * columns, 3.6 * height), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).flat
     colours = {32: "#b0552b", 4: "#8a8f3a", 2: "#3f8f6f", 1: "#3b6ea5"}
-    for axes, (title, rows) in zip(panels, found.items()):
+    for (title, rows), axes in zip(found.items(), panels):
         lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for row, (_, results) in rows.items():
             if row == PROBE:
