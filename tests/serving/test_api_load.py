@@ -31,7 +31,7 @@ def test_ten_times_the_load_is_refused_at_once_and_what_is_taken_is_answered_as_
     fine = [(name, got) for name, got in zip(names, answers) if got.status_code == 200]
     assert len(busy) + len(fine) == 60
     assert busy
-    assert len(fine) >= 6
+    assert len(fine) >= 4  # as many as may wait; those that run make room for more
     assert all(int(got.headers["retry-after"]) >= 1 and error(got)["type"] == "rate_limit_error" for got in busy)
     assert all(got.json()["choices"] == quiet[name] for name, got in fine)
     assert ask(live, n=4).status_code == 200
