@@ -157,6 +157,7 @@ AVERAGED: dict[str, tuple[str, aa.AdapterConfig]] = {
     "ia3": ("llama", aa.IA3Config()),
     "p_adapter": ("bert", aa.PAdapterConfig()),
     "mlkg": ("bert", aa.MLKGConfig(reduction=4)),
+    "mhr": ("bert", aa.MHRConfig(tasks=("a", "b"), splits=4, granularity="layer")),
     "ip_adapter": ("sd15", aa.IPAdapterConfig(image_width=8, tokens=2)),
 }
 

@@ -329,6 +329,38 @@ def test_a_new_task_beside_the_others_or_alone() -> None:
     torch.testing.assert_close(outputs("llama", model), evenly)
 
 
+@pytest.mark.parametrize("selector", ["learned", "private"])
+def test_each_task_from_the_run_it_was_best_in(selector: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build("llama")
+    runs = {"early": attached(model, name="early", selector=selector)}
+    runs["late"] = again(model, (runs["early"].config, runs["early"].tensors()), "late")
+    ends = ".module_logits" if selector == "learned" else (".lora_a", ".lora_b")
+    for name, tensor in runs["late"].tensors().items():
+        if name.endswith(ends):
+            nn.init.normal_(tensor)
+    aa.save_pretrained(model, tmp_path / "early", "early")
+
+    def alone(name: str, task: str) -> Tensor:
+        with aa.disabled(model, *(other for other in aa.adapters(model) if other != name)):
+            return outputs("llama", model, task_ids=task)
+
+    expected = [alone(run, task) for run, task in zip(("late", "early", "late"), NAMES)]
+    assert not torch.allclose(alone("late", "cb"), expected[1], atol=1e-2)
+    aa.slice_merge(model, {0: "late", 1: tmp_path / "early", 2: "late"}, "best")
+    assert all(torch.equal(alone("best", task), logits) for task, logits in zip(NAMES, expected))
+
+
+def test_what_has_no_part_for_each_task_is_not_sliced() -> None:
+    model = build("llama")
+    attached(model, name="one"), attached(model, name="other")
+    with pytest.raises(aa.ConfigError, match="lora_a is shared by all slices and differs between 'one' and 'other'"):
+        aa.slice_merge(model, {0: "one", 1: "other", 2: "one"})
+    again(model, aa.adapters(model)["one"].to_average(), "average")  # type: ignore[attr-defined]
+    with pytest.raises(aa.ConfigError, match="MHR cannot slice_merge; it can: average, route, scale"):
+        aa.slice_merge(model, {0: "average"})
+
+
 @pytest.mark.parametrize("form", ["dense", "in training", "packed"])
 def test_all_ways_to_a_new_adapter_keep_the_scale_and_what_is_computed_with(form: str) -> None:
     model = build("llama")

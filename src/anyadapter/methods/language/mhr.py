@@ -127,8 +127,9 @@ class MHR(Adapter):
 
     Config = MHRConfig
     reads: ClassVar[tuple[str, ...]] = ("task_ids",)
-    capabilities = frozenset({"scale", "route"})
+    capabilities = frozenset({"scale", "average", "slice_merge", "route"})
     groups = {"routing": ("*.module_logits",), "inventory": ("*.lora_a", "*.lora_b")}
+    slices = {"*.module_logits": 0}  # a row for each task; the inventory is shared
     config: MHRConfig
 
     def setup(self, host: Host) -> None:
@@ -142,8 +143,11 @@ class MHR(Adapter):
             if key not in selectors:
                 selectors[key] = Selector(config)
             self.at(site, Routed(site.module, config, selectors[key], self.ids))
+        if config.selector == "private":
+            self.slices = {"*.lora_a": 1, "*.lora_b": 1}  # type: ignore[misc]  # a skill for each task
         if config.selector == "average":
-            self.reads = ()  # type: ignore[misc]
+            self.reads, self.slices = (), {}  # type: ignore[misc]
+            self.capabilities = self.capabilities - {"slice_merge"}  # type: ignore[misc]  # tasks are not told apart
         self.checked: Tensor | None = None
 
     # ------------------------------------------------------------------ tasks
