@@ -6,148 +6,27 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import Case, case
-from generated import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from subjects import IDS, METHODS, SUBJECTS, Subject, attached, logits, model
+from torch import nn
 
 import anyadapter as aa
 from anyadapter.core.catalogue import method, methods
-from anyadapter.formats import bi_adapter, files, ip_adapter, layouts, llama_adapter, mhr, mixda, mlkg, p_adapter, raft
+from anyadapter.formats import files
 from anyadapter.formats.native import restore
 from anyadapter.formats.packed import STATISTICS
 from anyadapter.formats.quantize import quantize_folder
 from anyadapter.parts.quantised import BITS, Packed
 from anyadapter.quantize import fill, packed, places, quantised
 
-IDS = torch.arange(14).reshape(2, 7)
-METHODS = {
-    "lora": aa.LoRAConfig(rank=3, dropout=0.1),
-    "ia3": aa.IA3Config(),
-    "bottleneck": aa.BottleneckConfig(width=5, bias=True, scaling="learned"),
-    "houlsby": aa.BottleneckConfig(placement="houlsby", reduction=4),
-    "prefix": aa.PrefixConfig(tokens=3),
-    "projected": aa.PrefixConfig(tokens=3, projection=6),
-    "llama_adapter": aa.LlamaAdapterConfig(length=3),
-}
-
-
-def model() -> nn.Module:
-    return case("llama").build().requires_grad_(False).eval()
-
-
-def attached(m: nn.Module, config: aa.AdapterConfig, std: float | None = 0.3) -> aa.Adapter:
-    torch.manual_seed(3)
-    adapter = aa.attach(m, config)
-    for parameter in adapter.parameters() if std else ():
-        nn.init.normal_(parameter, std=std)
-    return adapter
-
-
-@torch.no_grad()
-def logits(m: nn.Module) -> Tensor:
-    return m(input_ids=IDS).logits
-
-
-# What a method runs on, where it is not the tiny LLaMA and a text: (model, adapter) -> the outputs it changes.
-Run = Callable[[nn.Module, Any], Tensor]
-BERT = BertConfig(
-    vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-)  # fmt: skip
-
-
-def text(m: nn.Module, adapter: Any) -> Tensor:
-    return m(input_ids=IDS).logits
-
-
-def text_of_two_tasks(m: nn.Module, adapter: Any) -> Tensor:
-    with aa.signals(m, task_ids=[1, 0]):
-        return text(m, adapter)
-
-
-def text_after_a_context(m: nn.Module, adapter: Any) -> Tensor:
-    with aa.signals(m, sees=torch.tensor([[0, 0], [1, 0]]), context_mask=torch.tensor([[1] * 7, [0] * 7])):
-        return text(m, adapter)
-
-
-def reasons(m: nn.Module, adapter: Any) -> Tensor:
-    out: Any = m(input_ids=IDS)
-    return torch.cat([out.label_logits, out.target_probs, out.rationale_logits.flatten(1)], dim=1)
-
-
-def text_with_reasons(m: nn.Module, adapter: Any) -> Tensor:
-    with aa.signals(m, rationale_logits=torch.stack([IDS, -IDS], dim=-1) / 5):
-        return text(m, adapter)
-
-
-def image(m: nn.Module, adapter: Any) -> Tensor:
-    return case("vit").output(m(**case("vit").inputs(m, 2)))
-
-
-def drawing(m: nn.Module, adapter: Any) -> Tensor:
-    embeds = torch.linspace(-1, 1, 24).view(2, 12)
-    with aa.signals(m, image_tokens=adapter.tokens(embeds)):
-        return case("sd15").output(m(**case("sd15").inputs(m, 2)))
-
-
-def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return make()
-
-    return build
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An adapter, the model it is for, and a run of both."""
-
-    config: aa.AdapterConfig
-    build: Callable[[], nn.Module] = case("llama").build
-    run: Run = text
-
-    def model(self) -> nn.Module:
-        return self.build().requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def outputs(self, m: nn.Module) -> Tensor:
-        return self.run(m, aa.adapters(m)["default"])
-
-
-SUBJECTS = {name: Subject(config) for name, config in METHODS.items()} | {
-    "mhr": Subject(
-        aa.MHRConfig(tasks=("a", "b"), rank=2, skills=3, splits=4, granularity="layer"), run=text_of_two_tasks
-    ),
-    "generative": Subject(aa.GenerativeConfig(**SMALL), run=text_after_a_context),
-    "p_adapter": Subject(aa.PAdapterConfig(), case("bert").build),
-    "mixda": Subject(aa.MixDAConfig(layers=(0, 1), gate_width=6, task_adapter="pfeiffer"), case("bert").build),
-    "mlkg": Subject(aa.MLKGConfig(reduction=4), case("bert").build),
-    "rationale_predictor": Subject(
-        aa.RationalePredictorConfig(targets=("a", "b"), whole="embeddings", rank=2),
-        seeded(lambda: BertModel(BERT)),
-        reasons,
-    ),
-    "raft": Subject(
-        aa.RAFTConfig(heads=4, whole="bert.pooler", rank=2),
-        seeded(lambda: BertForSequenceClassification(BERT)),
-        text_with_reasons,
-    ),
-    "bi_adapter": Subject(
-        aa.BiAdapterConfig(hidden=4, bits=32, head_classes=3, head_bits=32), case("vit").build, image
-    ),
-    "ip_adapter": Subject(aa.IPAdapterConfig(image_width=12), case("sd15").build, drawing),
-}
 every_method = pytest.mark.parametrize("subject", [pytest.param(s, id=n) for n, s in SUBJECTS.items()])
 
 
@@ -443,90 +322,6 @@ def test_a_packed_folder_cannot_be_trained_on(tmp_path: Path) -> None:
     aa.pack(adapter)
     with pytest.raises(aa.ArtefactError, match="it is packed and has none"):
         aa.save_pretrained(m, tmp_path / "b", latents=True)
-
-
-WRITABLE = SUBJECTS | {
-    "poly": Subject(
-        aa.MHRConfig(tasks=("0", "1"), rank=2, skills=3, splits=4, weights="relaxed"), run=text_of_two_tasks
-    ),
-    "domains": Subject(aa.MixDAConfig(layers=(0, 1), gate_width=6), case("bert").build),
-    "series": Subject(aa.BottleneckConfig(width=5)),
-}
-
-
-@pytest.mark.parametrize("layout", [name for name in layouts.names() if name != "native"])
-def test_other_layouts_get_what_it_computes_with(layout: str, tmp_path: Path) -> None:
-    written = []
-    for name, subject in WRITABLE.items():
-        m, other = subject.model(), subject.model()
-        adapter = attached(m, subject.config)
-        if not layouts.by_name(layout).writes(adapter):
-            continue
-        written.append(name)
-        aa.quantize(adapter)
-        folder = aa.save_pretrained(m, tmp_path / name, layout=layout)
-        assert aa.inspect(folder)["layout"] == layout
-        assert "bits" not in aa.inspect(folder)
-        loaded = aa.load(other, folder, trainable=True)
-        assert torch.equal(subject.outputs(other), subject.outputs(m)), name
-        assert all(torch.equal(loaded.tensors()[n], matrix.dequantise()) for n, matrix in packed(adapter).items())
-        assert quantised(adapter)  # it still trains
-        with pytest.raises(aa.ArtefactError, match="no place for them"):
-            aa.save_pretrained(m, tmp_path / "latents", layout=layout, latents=True)
-    assert written
-
-
-def mlkg_files(m: nn.Module, adapter: Any, host: aa.Host, folder: Path) -> Any:
-    mlkg.write_official(adapter, folder, m)
-    return mlkg.read_official(folder, host, allow_pickle=True)
-
-
-OFFICIAL: dict[str, tuple[str, Any]] = {
-    "mhr": ("mhr", lambda m, a, h, _: mhr.read_official(mhr.write_official(a), h, granularity="layer")),
-    "mixda": ("domains", lambda m, a, h, _: mixda.read_official(flat(mixda.write_official(a)), h, pool=a.config.pool)),
-    "mixda, whole": (
-        "mixda",
-        lambda m, a, h, _: mixda.read_model(mixda.write_model(a), h, task="domain", pool=a.config.pool),
-    ),
-    "mlkg": ("mlkg", mlkg_files),
-    "p_adapter": ("p_adapter", lambda m, a, h, _: p_adapter.read_official(p_adapter.write_official(a), h)),
-    "predictor": ("rationale_predictor", lambda m, a, h, _: raft.read_predictor(raft.write_official(m), h)),
-    "classifier": ("raft", lambda m, a, h, _: raft.read_classifier(raft.write_official(m), h, heads=4)),
-    "llama_adapter": (
-        "llama_adapter",
-        lambda m, a, h, _: llama_adapter.read_official(llama_adapter.write_official(a, h), h, length=3),
-    ),
-    "ip_adapter": ("ip_adapter", lambda m, a, h, _: ip_adapter.read_official(ip_adapter.write_official(a), h)),
-}
-
-
-def flat(nested: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{key}.{leaf}": tensor for key, leaves in nested.items() for leaf, tensor in leaves.items()}
-
-
-@pytest.mark.parametrize("form", ["training", "packed"])
-@pytest.mark.parametrize("file", OFFICIAL)
-def test_official_files_get_what_it_computes_with(file: str, form: str, tmp_path: Path) -> None:
-    name, there_and_back = OFFICIAL[file]
-    subject = WRITABLE[name]
-    m, other = subject.model(), subject.model()
-    adapter = aa.quantize(attached(m, subject.config))
-    if form == "packed":
-        aa.pack(adapter)
-    config, tensors = there_and_back(m, adapter, aa.Host.of(other), tmp_path)
-    aa.attach(other, config).load_tensors(tensors)
-    assert bool(adapter.packed) == (form == "packed")
-    tolerance = 1e-5 if name in ("rationale_predictor", "raft") else 0  # their files hold the sum of W and B A
-    torch.testing.assert_close(subject.outputs(other), subject.outputs(m), atol=tolerance, rtol=tolerance)
-
-
-def test_a_head_quantised_beside_its_settings_is_not_for_the_authors_of_bi_adapters() -> None:
-    config = aa.BiAdapterConfig(hidden=4, head_classes=8, head_bits=32)
-    adapter = aa.attach(case("vit").build(), config)
-    assert bi_adapter.write_official(adapter)
-    aa.quantize(adapter, 1, "*.head.weight")
-    with pytest.raises(aa.ArtefactError, match="head.weight was quantised to 1 bits"):
-        bi_adapter.write_official(adapter)
 
 
 @pytest.mark.parametrize("kind", ["codes", "latents"])

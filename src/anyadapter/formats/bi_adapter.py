@@ -19,6 +19,7 @@ from anyadapter.core.attach import build
 from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError, TargetError
 from anyadapter.core.host import Host
+from anyadapter.formats.layouts import check_unscaled
 from anyadapter.parts.quantised import Packed
 from anyadapter.quantize import packed, quantised
 
@@ -94,6 +95,7 @@ def write_official(adapter: Adapter) -> bytes:
             "The authors' file holds adapters of 1 to 8 bits with a new head of 1 bit or fp32; this one has "
             f"bits={config.bits}, head_classes={config.head_classes} and head_bits={config.head_bits}."
         )
+    check_unscaled(adapter)
     for name, bits in quantised(adapter).items():
         if bits != (config.head_bits if ".head." in name else config.bits):
             raise ArtefactError(

@@ -18,6 +18,7 @@ from anyadapter.core.adapter import check_tensors
 from anyadapter.core.errors import ArtefactError, BaseMismatchError
 from anyadapter.core.host import Host, features
 from anyadapter.formats.files import read_file
+from anyadapter.formats.layouts import check_unscaled
 from anyadapter.methods.image.ip_adapter import IPAdapter, IPAdapterConfig
 
 PROJECTION = ("image_proj.proj.weight", "image_proj.proj.bias", "image_proj.norm.weight", "image_proj.norm.bias")
@@ -59,7 +60,12 @@ def read_official(
 
 
 def write_official(adapter: IPAdapter) -> dict[str, Tensor]:
-    """An adapter's tensors under the published names, for ``safetensors.torch.save_file``."""
+    """An adapter's tensors under the published names, for ``safetensors.torch.save_file``.
+
+    Raises:
+        ArtefactError: it has a scale, which is chosen anew where the file is read.
+    """
+    check_unscaled(adapter)
     names = official_names([placement.path for placement in adapter.placements])
     mine = adapter.values()
     return {theirs: mine[ours].detach().contiguous() for ours, theirs in names.items()}

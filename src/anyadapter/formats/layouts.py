@@ -102,3 +102,12 @@ def detect(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> La
     raise ArtefactError(
         f"{path} is of no layout we read (peft_type {config.get('peft_type')!r}). We read: {', '.join(_LAYOUTS)}."
     )
+
+
+def check_unscaled(adapter: Adapter) -> None:
+    """Raise an :class:`ArtefactError` where an adapter has a scale, which the files of its system's authors cannot hold."""
+    if adapter.scale != 1:
+        raise ArtefactError(
+            f"The authors' file has no place for the scale {adapter.scale:g} of {adapter.name!r}. Set it to 1 before, and again "
+            "where the file is read."
+        )

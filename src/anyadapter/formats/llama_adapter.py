@@ -31,6 +31,7 @@ from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError, near
 from anyadapter.core.host import Host
 from anyadapter.formats.files import read_file
+from anyadapter.formats.layouts import check_unscaled
 
 METHOD = "llama_adapter"
 QUERY, GATE = "adapter_query.weight", "layers.{}.attention.gate"
@@ -251,11 +252,13 @@ def write_official(adapter: Adapter, host: Host, layout: Kind = "v1") -> dict[st
     """What the authors' file of this kind holds; ``torch.save`` it.
 
     Raises:
-        ArtefactError: it is another method's adapter, has tensors that such a file has no place for, or the host is no LLaMA.
+        ArtefactError: it is another method's adapter, has a scale or tensors that such a file has no place for, or the host is no
+            LLaMA.
     """
     names = layout_of(layout, host)
     if adapter.config.method != METHOD:
         raise ArtefactError(f"A {type(adapter).__name__} does not fit the file of a LLaMA-Adapter.")
+    check_unscaled(adapter)
     config: Any = adapter.config
     if names.fixed and getattr(config, names.fixed[0]) and getattr(config, names.fixed[1]) != names.fixed[2]:
         raise ArtefactError(

@@ -23,6 +23,7 @@ from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError
 from anyadapter.core.host import Host
 from anyadapter.formats.files import CONFIG, read_file, read_json
+from anyadapter.formats.layouts import check_unscaled
 from anyadapter.methods.language.mlkg import ROLES
 
 METHOD = "mlkg"
@@ -202,13 +203,14 @@ def write_official(adapter: Adapter, folder: str | Path, model: Any) -> None:
         model: the encoder, of which the files say class, kind and width.
 
     Raises:
-        ArtefactError: another method's adapter, or one on some layers only, which theirs does not know.
+        ArtefactError: another method's adapter, or one with a scale or on some layers only, which theirs do not know.
     """
     config: Any = adapter.config
     if config.method != METHOD or config.layers is not None:
         raise ArtefactError(
             f"A {type(adapter).__name__} does not fit MLKG's files, which hold knowledge adapters on all layers."
         )
+    check_unscaled(adapter)
     base = {
         "hidden_size": model.config.hidden_size,
         "model_class": type(model).__name__,

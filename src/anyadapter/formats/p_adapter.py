@@ -21,6 +21,7 @@ from anyadapter.core.catalogue import config_from_dict
 from anyadapter.core.errors import ArtefactError, near
 from anyadapter.core.host import Host
 from anyadapter.formats.files import read_file
+from anyadapter.formats.layouts import check_unscaled
 
 METHOD = "p_adapter"
 BASE = ("mlm_embeddings.", "transformer.")  # of the frozen model, which some variants' files hold too
@@ -108,10 +109,11 @@ def write_official(adapter: Adapter, relation: str | None = None) -> dict[str, T
         relation: of experts, which one.
 
     Raises:
-        ArtefactError: it is an adapter of another method, or has no such expert.
+        ArtefactError: it is an adapter of another method, has no such expert, or has a scale.
     """
     if adapter.config.method != METHOD:
         raise ArtefactError(f"A {type(adapter).__name__} does not fit the checkpoint of a P-Adapter.")
+    check_unscaled(adapter)
     relations: tuple[str, ...] = adapter.config.relations  # type: ignore[attr-defined]
     prefix = ""
     if relations:
