@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import anyadapter as aa
 from anyadapter.formats.layouts import by_name
+from anyadapter.formats.native import restore
 from anyadapter.methods.language.mhr import MHR, MHRConfig, Tasks
 from anyadapter.parts.routing import discreteness, efficiency, groups_of, sparsity
 from anyadapter.quantize import quantised
@@ -594,6 +595,20 @@ def test_saved_on_the_way_to_uniform_it_computes_the_same(uniformity: float, tmp
     assert loaded.uniformity == uniformity
     loaded.uniformity = 0
     assert torch.equal(outputs("llama", model, task_ids=NAMES), start)
+
+
+def test_training_goes_on_at_the_uniformity_and_scale_of_the_checkpoint(tmp_path: Path) -> None:
+    model, other = build("llama"), build("llama")
+    adapter = attached(model, granularity="layer")
+    adapter.uniformity, adapter.scale = 0.5, 2.0
+    folder = aa.save_pretrained(model, tmp_path / "checkpoint")
+    restore(attached(other, granularity="layer"), folder)
+    assert torch.equal(outputs("llama", other, task_ids=NAMES), outputs("llama", model, task_ids=NAMES))
+    aa.detach(other)
+    before = {name: tensor.clone() for name, tensor in attached(other, alpha=4.0).tensors().items()}
+    with pytest.raises(aa.ArtefactError, match="other settings than this one; they differ in alpha, granularity"):
+        restore(aa.adapters(other)["default"], folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in aa.adapters(other)["default"].tensors().items())
 
 
 def test_a_compiled_model_routes_too() -> None:

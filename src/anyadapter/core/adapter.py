@@ -118,6 +118,7 @@ class Adapter(nn.Module):
         groups: named groups of trainable tensors, each a tuple of patterns of tensor names.
         slices: patterns of the names of tensors that hold a part for each task, language or the like, and the axis along
             which those parts lie. Tensors that match none are shared by all.
+        moving: names of settings that change while it trains; each can be set on the adapter too.
     """
 
     Config: ClassVar[type[AdapterConfig]]
@@ -126,6 +127,7 @@ class Adapter(nn.Module):
     capabilities: ClassVar[frozenset[str]] = frozenset()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     slices: ClassVar[Mapping[str, int]] = {}
+    moving: ClassVar[tuple[str, ...]] = ()
     rows: Tensor | None = None
 
     def __init__(self, config: AdapterConfig, host: Host) -> None:
@@ -238,6 +240,13 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for name, tensor in mine.items():
                 tensor.copy_(tensors[name])
+
+    def follow(self, config: AdapterConfig, scale: float) -> None:
+        """Act as a twin with this scale does, and these values of the settings that move."""
+        for name in self.moving:
+            setattr(self, name, getattr(config, name))
+        if scale != self.scale:
+            self.scale = scale
 
     def train_only(self, *groups: str) -> None:
         """Make the tensors of these groups trainable and no others; with no name, all.

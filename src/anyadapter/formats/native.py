@@ -214,17 +214,24 @@ def check_quantised(
 
 
 def restore(adapter: Adapter, folder: str | Path) -> None:
-    """Copy saved tensors into an adapter that exists: one built with the same settings for the same base.
+    """Copy what was saved into an adapter that exists: one built with the same settings for the same base.
 
     Raises:
         ArtefactError: the folder is damaged, packed, or holds another adapter; nothing was changed.
     """
     config, tensors = read_json(Path(folder) / CONFIG), read_tensors(Path(folder) / TENSORS)
-    layout, _ = _read_ours(Path(folder), config.get(KEY), tensors)
+    layout, saved = _read_ours(Path(folder), config.get(KEY), tensors)
+    mine, theirs = ({"method": c.method, **c.to_dict()} for c in (adapter.config, saved))
+    differing = [key for key in {**mine, **theirs} if key not in adapter.moving and mine.get(key) != theirs.get(key)]
+    if differing:
+        raise ArtefactError(
+            f"{folder} is of an adapter with other settings than this one; they differ in {', '.join(differing)}."
+        )
     values = layout.read(config, tensors, adapter)
     if check_quantised(Path(folder), config, adapter, values, trainable=True) != quantised(adapter):
         raise ArtefactError(f"{folder} is of an adapter that is quantised otherwise than this one.")
     adapter.load_tensors(values)  # type: ignore[arg-type]  # none is packed
+    adapter.follow(saved, config[KEY].get("scale", 1.0))
 
 
 def _read_ours(path: Path, ours: Any, tensors: dict[str, Tensor]) -> tuple[Any, Any]:

@@ -250,6 +250,7 @@ def gather(adapter: Adapter, whole: Adapter) -> None:
     """Copy an adapter's sharded tensors into a whole one; called by all processes together."""
     tensors = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in adapter.tensors().items()}
     whole.load_tensors({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    whole.follow(adapter.config, adapter.scale)
 
 
 def scatter(whole: Adapter, adapter: Adapter) -> None:
@@ -261,6 +262,7 @@ def scatter(whole: Adapter, adapter: Adapter) -> None:
             mine.copy_(
                 distribute_tensor(value, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else value
             )
+    adapter.follow(whole.config, whole.scale)
 
 
 def check_sharding(plugin: Any) -> None:

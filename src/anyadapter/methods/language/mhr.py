@@ -130,6 +130,7 @@ class MHR(Adapter):
     capabilities = frozenset({"scale", "average", "slice_merge", "route"})
     groups = {"routing": ("*.module_logits",), "inventory": ("*.lora_a", "*.lora_b")}
     slices = {"*.module_logits": 0}  # a row for each task; the inventory is shared
+    moving = ("uniformity",)
     config: MHRConfig
 
     def setup(self, host: Host) -> None:
