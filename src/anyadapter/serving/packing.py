@@ -183,7 +183,8 @@ class Packing:
         if self.prefix:  # (n, layers · 2 · W): keys, then values, layer by layer
             prompt = dense(tensors[self.prompt]).reshape(self.prefix, self.layers, 2, self.width)
             packed[:, :, : self.prefix] = prompt.permute(1, 2, 0, 3)
-        if not torch.isfinite(packed.sum(dtype=torch.float32)):
+        least, most = torch.aminmax(packed)  # both are NaN if anything is; a sum would make a copy in fp32
+        if not (torch.isfinite(least) and torch.isfinite(most)):
             raise ArtefactError(
                 f"The adapter holds NaN, infinity or numbers beyond {self.dtype}: the training diverged, or the base "
                 "should be served in another dtype."

@@ -75,12 +75,17 @@ class Registered:
 @dataclass(eq=False)
 class Template:
     """What adapters of the same settings and shapes share: an adapter without values, its layout, its packing, and the bits
-    of its quantised matrices."""
+    of its quantised matrices.
+
+    Attributes:
+        renamed: the name in the file of each of the adapter's tensors, where reading the layout is nothing but renaming.
+    """
 
     adapter: Adapter
     layout: layouts.Layout
     packing: Packing
     bits: dict[str, int]
+    renamed: dict[str, str] | None
 
 
 class AdapterStore:
@@ -250,8 +255,12 @@ class AdapterStore:
         mine = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
         bits = read_bits((ours or {}).get("bits"), mine)
         meta = on_meta(unpacked_shapes(bits, shapes, mine))
-        check_tensors(adapter.tensors(), layout.read({}, meta, adapter))  # type: ignore[arg-type]  # none is packed
-        return Template(adapter, layout, self.plan(adapter, bits), bits)
+        values = layout.read({}, meta, adapter)
+        check_tensors(adapter.tensors(), values)  # type: ignore[arg-type]  # none is packed
+        file = {id(tensor): name for name, tensor in meta.items()}
+        plain = not bits and all(id(value) in file for value in values.values())
+        renamed = {name: file[id(value)] for name, value in values.items()} if plain else None
+        return Template(adapter, layout, self.plan(adapter, bits), bits, renamed)
 
     def plan(self, adapter: Adapter, bits: dict[str, int]) -> Packing:
         """How adapters like this one lie in the pool."""
@@ -290,6 +299,8 @@ class AdapterStore:
         if not found.checked and found.sha256 is not None and digest(tensors) != found.sha256:
             raise ArtefactError(f"{found.name!r}: {TENSORS} is not the file {CONFIG} was saved with.")
         template = found.template
+        if template.renamed is not None:
+            return {name: tensors[theirs] for name, theirs in template.renamed.items()}
         values = dict(template.layout.read({KEY: {"bits": template.bits}}, tensors, template.adapter))
         for name, bits in template.bits.items():  # of a file with latents, which training goes on from
             if not isinstance(value := values[name], Packed):
