@@ -300,11 +300,17 @@ def costs(model: Any, tokenizer: Any, adapter: Generative, counts: Sequence[int]
             with aa.signals(model, state=known):
                 seconds[name] = best(lambda ids=ids: after(model, ids))
         ms = {name: f"{1000 * value:.0f} ms" for name, value in seconds.items()}
+        prompt, adapted = (f"{ids.shape[1]} tokens, {kept(model, ids) / 1000:,.0f} KB" for ids in (long, short))
         rows.append(
-            f"| {count} people | {long.shape[1]} tokens, {ms['prompt']} | {short.shape[1]} tokens, {ms['adapter']} | "
-            f"{ms['closed']} | {ms['read']} |"
+            f"| {count} people | {prompt}, {ms['prompt']} | {adapted}, {ms['adapter']} | {ms['closed']} | {ms['read']} |"
         )
     return rows
+
+
+def kept(model: Any, ids: Tensor) -> int:
+    """Bytes of the keys and values that are kept while a text is answered."""
+    cache = model.model(input_ids=ids, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def best(call: Any, times: int = 9) -> float:
@@ -374,7 +380,7 @@ def main() -> None:
         f"adapters in layers {FIRST} to {LAST}."
     )
     costly = [
-        "| one answer | list in the prompt | from the adapter | closed book | reading, once |",
+        "| one answer: tokens, keys and values, time | list in the prompt | from the adapter | closed book | reading, once |",
         "|---|---|---|---|---|",
     ]
     (arguments.out / "generative_adapter.md").write_text(

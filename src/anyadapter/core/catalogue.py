@@ -223,7 +223,7 @@ SYSTEMS: tuple[System, ...] = (
         status="implemented",
         methods=("bi_adapter",),
         hosts=("vit",),
-        note="adapters of every other method are quantised by anyadapter.quantize",
+        note="adapters of every other method are quantised by anyadapter.quantize; only its LoRA form merges",
     ),
     System("iaa", "Inner-Adaptor Architecture", "vision-language"),
     System("vl-adapter", "VL-Adapter", "vision-language"),
