@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -153,6 +153,20 @@ class Packing:
     prompt: str = ""
     made: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
+    @cached_property
+    def runs(self) -> list[list[Fill]]:
+        """The fills of numbers that differ in their layer only, in runs of layers, so that a run is filled at once."""
+        found: dict[Any, list[list[Fill]]] = {}
+        for fill in sorted(self.fills, key=lambda fill: fill.layer):
+            if fill.block.room:
+                continue
+            same = found.setdefault((fill.block, fill.offset, fill.turned, bool(fill.times)), [])
+            if same and same[-1][-1].layer + 1 == fill.layer:
+                same[-1].append(fill)
+            else:
+                same.append([fill])
+        return [run for same in found.values() for run in same]
+
     @property
     def sums(self) -> bool:
         return not self.prefix and all(part.kind == "low_rank" for part in self.parts.values())
@@ -169,17 +183,17 @@ class Packing:
         if self.made is not None:
             tensors = {**tensors, **self.made({name: dense(value) for name, value in tensors.items()})}
         packed = torch.zeros(self.layers, 2, self.cells, self.width, dtype=self.dtype)
-        for fill in self.fills:
-            if fill.block.room:
-                continue
-            block, value = fill.block, dense(tensors[fill.name])
-            value = value.squeeze(-1) if fill.turned and value.dim() > 2 else value
-            value = value.reshape(-1, block.width) if not fill.turned else value.T
-            if fill.times:
-                value = value.float() * dense(tensors[fill.times]).float()
+        for fills in self.runs:
+            block, offset, turned = fills[0].block, fills[0].offset, fills[0].turned
+            value = torch.stack([dense(tensors[fill.name]) for fill in fills])  # (layers, …)
+            value = value.flatten(2).mT if turned else value.reshape(len(fills), -1, block.width)
+            if fills[0].times:
+                times = torch.stack([dense(tensors[fill.times]).float() for fill in fills])
+                value = value.float() * times.view(-1, 1, 1)
             stop = block.start + block.rows * block.chunks
-            rows = packed[fill.layer, block.half, block.start : stop].view(block.rows, -1)
-            rows[fill.offset : fill.offset + value.shape[0], : block.width] = value
+            rows = packed[:, block.half, block.start : stop].view(self.layers, block.rows, -1)
+            first, last = fills[0].layer, fills[-1].layer
+            rows[first : last + 1, offset : offset + value.shape[1], : block.width] = value
         if self.prefix:  # (n, layers · 2 · W): keys, then values, layer by layer
             prompt = dense(tensors[self.prompt]).reshape(self.prefix, self.layers, 2, self.width)
             packed[:, :, : self.prefix] = prompt.permute(1, 2, 0, 3)
