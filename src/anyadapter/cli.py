@@ -104,15 +104,22 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Start anew where a finished run lies.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter. The same command goes on where an interrupted run stopped.
+    """Train an adapter, or several to search for settings. The same command goes on where an interrupted run stopped.
 
     Example: `anyadapter train examples/llm_adapters.yaml`
     """
+    from anyadapter.training.config import read_yaml
     from anyadapter.training.run import train as run
+    from anyadapter.training.search import SEARCH, search
 
     with plain_errors():
-        result = run(config, overwrite=overwrite)
-        show({"folder": str(result.folder), **result.metrics}, as_json)
+        values = read_yaml(config)
+        if SEARCH in values:
+            result, found = search(values, overwrite=overwrite)
+            show({"folder": str(result.folder), **result.metrics, SEARCH: found}, as_json)
+        else:
+            result = run(values, overwrite=overwrite)
+            show({"folder": str(result.folder), **result.metrics}, as_json)
 
 
 @app.command("eval")
