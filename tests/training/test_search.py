@@ -90,6 +90,7 @@ def test_a_run_that_diverges_does_not_end_the_search(config, tmp_path):
         ({"search": {"adapter.rankk": [4]}}, "no setting 'rankk'"),
         ({"search": {"adapter.rank": [4, 0]}}, r"rank is 0; it must be"),
         ({"search": {"adapter.rank": [4]}, "data": None}, "need a section 'data'"),
+        ({"search": {"adapter.targets": [["self_attention.query"] * 20]}}, "too long to call a folder by"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_the_first_run(change, message, config, tmp_path):

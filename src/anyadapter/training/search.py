@@ -25,6 +25,7 @@ from anyadapter.training.run import VERSIONS, RunResult, say, train
 from anyadapter.training.tasks import task
 
 SEARCH, FOUND = "search", "search.json"
+LONGEST = 200  # bytes of a folder's name, which file systems limit to 255
 
 
 def search(
@@ -93,6 +94,10 @@ def combined(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> RunConfig:
         mine = {"name": changed[part]} if isinstance(changed.get(part), str) else section(changed, part)
         changed[part] = {**mine, setting: value}
     name = ",".join(f"{key}={value}" for key, value in chosen.items()).replace(os.sep, "_")
+    if len(name.encode()) > LONGEST:
+        raise ConfigError(
+            f"{name[:80]!r} and so on is too long to call a folder by; search for fewer settings at once."
+        )
     if "output" in changed:
         changed["output"] = str(Path(str(changed["output"])) / name)
     return read_config(changed)
