@@ -465,7 +465,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("results/binary_adapters"))
-    parser.add_argument("--quick", action="store_true", help="one seed, a few steps: a minute")
+    parser.add_argument("--quick", action="store_true", help="one seed, a few steps: three minutes")
     arguments = parser.parse_args()
     seeds, tests, steps = (SEEDS[:1], 100, 0.02) if arguments.quick else (SEEDS, TESTS, 1.0)
     logging.set_verbosity_error()  # that the heads are new is meant
