@@ -410,7 +410,7 @@ def plot(found: dict[str, Found], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(4, len(found))
+    columns = math.ceil(math.sqrt(len(found)))
     height = -(-len(found) // columns)
     figure = Figure(figsize=(4 * columns, 3.6 * height), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).flat
