@@ -6,12 +6,25 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from markdown import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_every_block_of_code_is_rendered_as_one() -> None:
+    spec = spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(hooks := module_from_spec(spec))
+    for page in DOCS.rglob("*.md"):
+        assert "```" not in markdown(hooks.on_page_markdown(page.read_text()), extensions=["pymdownx.superfences"]), (
+            page
+        )
 
 
 def pages() -> list[Path]:
