@@ -24,6 +24,7 @@ from anyadapter.core.errors import (
     BaseMismatchError,
     ConfigError,
     DataError,
+    DivergedError,
     SignalError,
     TargetError,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "Branch",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "Family",
     "Host",
     "SignalError",

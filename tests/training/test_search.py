@@ -1,5 +1,6 @@
 """Searches for settings: every combination is an ordinary run, and the best is told by the evaluation rows."""
 
+import errno
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import anyadapter as aa
 from anyadapter.cli import app
+from anyadapter.formats import files
 from anyadapter.training import search as searching
 from anyadapter.training.run import train
 from anyadapter.training.search import search
@@ -77,6 +79,22 @@ def test_a_run_that_diverges_does_not_end_the_search(config, tmp_path):
     assert found["runs"] == {"training.learning_rate=1e+30": None, found["best"]: result.metrics["eval_loss"]}
     with pytest.raises(aa.ArtefactError, match="None of the 1 runs .* ended with a finite eval_loss"):
         search({**config, "quantize": {"bits": 1}, "search": {"training.learning_rate": [1e30]}}, progress=False)
+
+
+def test_a_full_disk_ends_a_search_and_is_not_taken_for_a_bad_setting(config, tmp_path, monkeypatch):
+    asked = {**config, "search": {"adapter.rank": [2, 3]}}
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        with pytest.raises(aa.ArtefactError, match="No space left on device"):
+            search(asked, progress=False)
+    assert not (tmp_path / "run" / "adapter.rank=3").exists()
+    assert not (tmp_path / "run" / "search.json").exists()
+    _, found = search(asked, progress=False)
+    assert None not in found["runs"].values()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ class ArtefactError(AnyAdapterError, ValueError):
     """A file or folder cannot be trusted, read or written."""
 
 
+class DivergedError(ArtefactError):
+    """Numbers are not finite, or all the same where they must differ: training diverged, or a file is damaged."""
+
+
 class BaseMismatchError(ArtefactError):
     """The adapter was trained on another base model."""
 

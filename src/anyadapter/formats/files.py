@@ -21,7 +21,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from anyadapter.core.attach import NAME
-from anyadapter.core.errors import ArtefactError
+from anyadapter.core.errors import ArtefactError, DivergedError
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 << 20
@@ -176,10 +176,10 @@ def flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors. Raises :class:`ArtefactError` when one holds NaN or infinity."""
+    """The tensors. Raises :class:`DivergedError` when one holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ArtefactError(
+            raise DivergedError(
                 f"{path}: {name!r} holds NaN or infinity; the training diverged or the file is damaged."
             )
     return tensors

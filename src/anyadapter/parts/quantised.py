@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from anyadapter.core.errors import ArtefactError, ConfigError
+from anyadapter.core.errors import ArtefactError, ConfigError, DivergedError
 
 BITS = (1, 2, 4, 8)
 EPSILON = 1e-5  # added to the deviation that a matrix is divided by, not to the one it is multiplied by
@@ -205,11 +205,11 @@ class Packed:
         """A matrix packed, on the CPU.
 
         Raises:
-            ArtefactError: all its numbers are the same, or one is not finite: there is no deviation to go by.
+            DivergedError: all its numbers are the same, or one is not finite: there is no deviation to go by.
         """
         check_bits(bits)
         if is_constant(matrix) or not torch.isfinite(matrix).all():
-            raise ArtefactError(
+            raise DivergedError(
                 f"{name} {tuple(matrix.shape)} cannot be packed: a quantised matrix needs numbers that are finite and differ, "
                 f"and its are from {matrix.min().item():g} to {matrix.max().item():g}. If it became so in training, lower "
                 "the learning rate or the weight decay and go on from an earlier checkpoint."

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anyadapter.core.errors import ArtefactError, ConfigError
+from anyadapter.core.errors import ConfigError, DivergedError
 from anyadapter.training.config import RunConfig, read_config, read_yaml, section
 from anyadapter.training.report import write_text
 from anyadapter.training.run import VERSIONS, RunResult, say, train
@@ -45,7 +45,8 @@ def search(
     Raises:
         ConfigError: a setting or one of the values is refused, there are no evaluation rows, or ``output`` holds a run; all
             this before the first run.
-        ArtefactError: no run ended well.
+        DivergedError: no run ended with finite numbers.
+        ArtefactError: a folder cannot be written or read; the same call goes on.
     """
     values = dict(config if isinstance(config, Mapping) else read_yaml(Path(config)))
     spread = section(values, SEARCH)
@@ -73,12 +74,12 @@ def search(
             value = results[name].metrics[measure or "eval_loss"]
             found[name] = value if math.isfinite(value) else None
             say(f"{name}: {measure or 'eval_loss'} {value:.4g}")
-        except ArtefactError as error:  # an adapter that cannot be saved; the other runs may do better
+        except DivergedError as error:  # the other runs may do better
             found[name] = None
             say(f"{name}: {error}")
     sound = {name: value for name, value in found.items() if value is not None}
     if not sound:
-        raise ArtefactError(f"None of the {len(runs)} runs in {folder} ended with a finite {measure or 'eval_loss'}.")
+        raise DivergedError(f"None of the {len(runs)} runs in {folder} ended with a finite {measure or 'eval_loss'}.")
     best = (min if measure is None else max)(sound, key=lambda name: sound[name])
     summary = {"measure": measure or "eval_loss", "runs": found, "best": best}
     if int(os.environ.get("RANK", 0)) == 0:
